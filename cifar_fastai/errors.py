@@ -8,6 +8,13 @@ class RunError(Exception):
 
     status = 1
 
+    def __init__(self, message):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self):  # fastai rewrites the args of what a callback raises; the message stays one line
+        return self.message
+
 
 class InputError(RunError):
     """What was given cannot be used (a parameter, a file, a data set). The recipe ends with status 2."""

@@ -1,0 +1,68 @@
+"""A recipe's `main` as a command: its signature is the command line, its errors are one line and an exit status."""
+
+import os
+import sys
+from functools import wraps
+
+from fastcore.script import anno_parser
+
+from cifar_fastai.errors import RunError
+
+__all__ = ["command"]
+
+
+def command(defaults=None):
+    """Decorate a `main` so that, called without arguments, it reads the command line and exits with a status.
+
+    `defaults` are the values that parameters left at None will take; `--help` shows them. A call with arguments,
+    from a notebook or a test, is a plain call.
+    """
+
+    def decorate(main):
+        @wraps(main)
+        def run(*args, **kwargs):
+            if args or kwargs:
+                return main(*args, **kwargs)
+            given = vars(_parser(main, defaults or {}).parse_args())
+            del given["pdb"], given["xtra"]
+            sys.exit(_run(main, given))
+
+        return run
+
+    return decorate
+
+
+def _parser(main, defaults):
+    parser = anno_parser(main)
+    for action in parser._actions:
+        if action.dest in defaults:
+            action.default = None if action.default is None else action.default
+            if defaults[action.dest] not in (None, False):
+                action.help = f"{action.help} (default: {defaults[action.dest]})"
+        if action.help and action.help != "==SUPPRESS==":
+            action.help = action.help.replace(" (default: False)", "")
+    return parser
+
+
+def _run(main, given):
+    """Run `main`; its exit status is 0, that of the error, or 128 + the signal that ended it."""
+    try:
+        main(**given)
+        return 0
+    except RunError as error:
+        if given.get("debug"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if given.get("debug"):
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        print(f"error: {type(error).__name__}: {first} (the traceback: --debug)", file=sys.stderr)
+        return 1

@@ -1,0 +1,245 @@
+"""The parameters of a run: their names, their defaults, the values they may take. Light to import, for `--help`."""
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from cifar_fastai.errors import InputError
+from cifar_fastai.names import (
+    ANNEALS,
+    FASTAI_OPTIMIZERS,
+    MODEL_NAMES,
+    PAD_MODES,
+    PRECISIONS,
+    SCHEDULES,
+    SUGGESTIONS,
+    TORCH_OPTIMIZERS,
+    check_name,
+)
+from cifar_fastai.presets import PRESETS
+
+__all__ = ["BASE", "Recipe", "parameters", "resolve"]
+
+
+def parameters(
+    data: str = None,  # auto, cifar10, digits, or a folder or archive of images
+    preset: str = None,  # Settings of a published solution, by name; explicit flags go before it
+    model: str = None,  # resnet18, resnet34 or custom_resnet
+    epochs: int = None,  # Passes over the train images
+    bs: int = None,  # Batch size, lowered so that a small set still gives 20 steps an epoch
+    lr: str = None,  # Highest learning rate, or "find" to take it from a range test
+    lr_suggest: str = None,  # The suggestion that "--lr find" takes: valley, slide, steep or minimum
+    opt: str = None,  # sgd, adam, adamw, rmsprop (torch's); radam, qhadam, larc, lamb, ranger (fastai's)
+    momentum: float = None,  # Momentum, or Adam's first beta
+    mom_min: float = None,  # Momentum at the peak of a one-cycle schedule, when it is to dip there
+    nesterov: str = None,  # Nesterov momentum with sgd: yes or no
+    wd: float = None,  # Weight decay (L2)
+    wd_bn_bias: str = None,  # Whether weight decay reaches batch norm and biases: yes or no
+    sched: str = None,  # one-cycle, flat-cos, step, plateau or none
+    pct_start: float = None,  # Fraction of the run before the peak (one-cycle) or before the fall (flat-cos)
+    peak_epoch: float = None,  # The same in epochs, for one-cycle
+    div: float = None,  # one-cycle starts at lr / div
+    div_final: float = None,  # one-cycle and flat-cos end at lr / div_final
+    anneal: str = None,  # Shape of one-cycle: cos or linear
+    step_size: int = None,  # step: epochs between falls
+    gamma: float = None,  # step, plateau: the factor of a fall
+    plateau_patience: int = None,  # plateau: epochs without a better validation loss before a fall
+    valid_pct: float = None,  # Fraction of train cut off, stratified, to choose on; the test split is then read once
+    split_seed: int = None,  # Seed of that cut
+    subset: int = None,  # Train on a stratified part of so many images
+    no_test: bool = False,  # Never read the test split (with --valid-pct)
+    save_best: bool = False,  # Keep the weights of the best validation accuracy in best.pth (with --valid-pct)
+    patience: int = None,  # Stop after so many epochs without a better validation accuracy (with --valid-pct)
+    label_smoothing: float = None,  # Share of the target spread over all classes
+    l1: float = None,  # Weight of the L1 penalty on convolution and linear weights
+    clip: float = None,  # Clip the gradient's norm
+    clip_value: float = None,  # Clip each component of the gradient
+    mixup: float = None,  # MixUp with this alpha
+    cutmix: float = None,  # CutMix with this alpha
+    ema: float = None,  # Decay per step of an average of the weights, which is then evaluated and saved
+    padding: int = None,  # RandomCrop: pixels of padding on every side (0: no crop)
+    pad_mode: str = None,  # RandomCrop: zeros or reflect
+    cutout: int = None,  # CutOut: side of the hole in pixels (0: none)
+    n_holes: int = None,  # CutOut: holes per image
+    max_holes: int = None,  # CutOut: each image draws from --n-holes to this many
+    cutout_p: float = None,  # CutOut: probability per image
+    flip: float = None,  # Probability of a horizontal flip (default: .5, on digits 0)
+    vflip: float = None,  # Probability of a vertical flip
+    rotate: float = None,  # Rotate by up to so many degrees either way
+    n_images: int = None,  # Images in the galleries
+    n_cols: int = None,  # Columns in the galleries
+    cam_layer: str = None,  # Grad-CAM: layer or layers, separated by commas (default: deepest of at least 5 pixels)
+    cam_target: str = None,  # Grad-CAM: explain the predicted or the true class
+    cam_method: str = None,  # Grad-CAM: a method of pytorch-grad-cam by name
+    cam_alpha: float = None,  # Grad-CAM: opacity of the heatmap in the overlay
+    seed: int = None,  # Seed of weights, order and augmentation
+    device: str = None,  # auto, cpu, cuda, cuda:N or mps
+    precision: str = None,  # auto, fp32, fp16 or bf16
+    compile: str = None,  # torch.compile: auto, yes or no
+    out: str = None,  # The run's folder (default: runs/<recipe>-<date>-<time>)
+    tensorboard: bool = False,  # Write TensorBoard logs into the run's folder
+    resume: str = None,  # Go on with an interrupted run: its folder, or "latest"
+    debug: bool = False,  # Show tracebacks
+):
+    """The signature that all recipes share: what is None takes the preset's value, else the recipe's, else BASE's."""
+
+
+BASE = dict(
+    data="auto", preset=None, model="resnet18", epochs=20, bs=128, lr=0.1, lr_suggest="valley",
+    opt="sgd", momentum=0.9, mom_min=None, nesterov="yes", wd=5e-4, wd_bn_bias="no",
+    sched="one-cycle", pct_start=0.25, peak_epoch=None, div=25.0, div_final=1e5, anneal="cos",
+    step_size=6, gamma=0.1, plateau_patience=2,
+    valid_pct=None, split_seed=42, subset=None, no_test=False, save_best=False, patience=None,
+    label_smoothing=0.0, l1=None, clip=None, clip_value=None, mixup=None, cutmix=None, ema=None,
+    padding=4, pad_mode="zeros", cutout=16, n_holes=1, max_holes=None, cutout_p=1.0,
+    flip=None, vflip=0.0, rotate=0.0,
+    n_images=10, n_cols=5, cam_layer=None, cam_target="predicted", cam_method="GradCAM", cam_alpha=0.5,
+    seed=42, device="auto", precision="auto", compile="auto",
+    out=None, tensorboard=False, resume=None, debug=False,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's name and what it sets other than BASE."""
+
+    name: str
+    defaults: dict = field(default_factory=dict)
+
+    @property
+    def settings(self):
+        return {**BASE, **self.defaults}
+
+
+def resolve(recipe, given):
+    """Every parameter of a run as a namespace: `given` before its preset, the preset before the recipe's defaults.
+
+    Values that no run could take raise InputError, before anything is read or written.
+    """
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    unknown = sorted(set(given) - set(BASE))
+    if unknown:
+        check_name("parameter", unknown[0], tuple(BASE))
+    preset = given.get("preset")
+    chosen = PRESETS[check_name("--preset", preset, tuple(PRESETS))].settings if preset is not None else {}
+    settings = {**recipe.settings, **chosen, **given}
+    if "pct_start" in given and "peak_epoch" not in given:
+        settings["peak_epoch"] = None  # both place the peak: the explicit one holds
+    for check in _CHECKS:
+        check(settings, given)
+    return SimpleNamespace(**settings)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers a parameter may take; `above` and `below` exclude the bound itself."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value):
+        low_ok = value > self.low if self.above else value >= self.low
+        high_ok = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and low_ok and high_ok
+
+    def __str__(self):
+        if self.high == math.inf:
+            return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        low = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+        return f"{low} {'and below' if self.below else 'to'} {self.high:g}"
+
+
+_POSITIVE, _COUNT, _NOT_NEGATIVE = Range(0, above=True), Range(1), Range(0)
+_SHARE, _BELOW_ONE, _INSIDE = Range(0, 1), Range(0, 1, below=True), Range(0, 1, above=True, below=True)
+
+RANGES = dict(
+    epochs=Range(1, 10_000), bs=Range(1, 65_536), lr=Range(0, 100, above=True), momentum=_BELOW_ONE,
+    mom_min=_BELOW_ONE, wd=Range(0, 1), pct_start=_INSIDE, peak_epoch=_POSITIVE, div=Range(1), div_final=Range(1),
+    step_size=_COUNT, gamma=_INSIDE, plateau_patience=_COUNT, valid_pct=_INSIDE, split_seed=Range(0, 2**32 - 1),
+    subset=_COUNT, patience=_COUNT, label_smoothing=_BELOW_ONE, l1=_NOT_NEGATIVE, clip=_POSITIVE,
+    clip_value=_POSITIVE, mixup=_POSITIVE, cutmix=_POSITIVE, ema=_INSIDE, padding=Range(0, 31), cutout=Range(0, 32),
+    n_holes=Range(1, 64), max_holes=Range(1, 64), cutout_p=_SHARE, flip=_SHARE, vflip=_SHARE, rotate=Range(0, 180),
+    n_images=Range(1, 100), n_cols=Range(1, 20), cam_alpha=_SHARE, seed=Range(0, 2**32 - 1),
+)  # fmt: skip
+
+CHOICES = dict(
+    model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=("yes", "no"),
+    wd_bn_bias=("yes", "no"), sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, precision=PRECISIONS,
+    compile=("auto", "yes", "no"), cam_target=("predicted", "true"),
+)  # fmt: skip
+
+
+def _check_names(settings, given):
+    for name, known in CHOICES.items():
+        check_name(_flag(name), settings[name], known)
+
+
+def _check_lr(settings, given):
+    if settings["lr"] == "find":
+        return
+    try:
+        settings["lr"] = float(settings["lr"])
+    except ValueError:
+        raise InputError(f"--lr {settings['lr']}: neither a number nor find") from None
+
+
+def _check_ranges(settings, given):
+    for name, allowed in RANGES.items():
+        value = settings[name]
+        if value is not None and value != "find" and value not in allowed:
+            raise InputError(f"{_flag(name)} {value}: must be {allowed}")
+
+
+def _check_together(settings, given):
+    def refuse(when, message):
+        if when:
+            raise InputError(message)
+
+    s = SimpleNamespace(**settings)
+    refuse(s.mixup and s.cutmix, "--mixup and --cutmix: take one of them, together they do not work")
+    refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
+    if "peak_epoch" in given and "pct_start" in given:
+        raise InputError("--peak-epoch and --pct-start: both say where the peak is, take one of them")
+    refuse(s.peak_epoch and s.peak_epoch >= s.epochs,
+           f"--peak-epoch {s.peak_epoch:g}: must come before the last of {s.epochs} epochs" if s.peak_epoch else "")
+    refuse(s.max_holes and s.max_holes < s.n_holes,
+           f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})")
+    refuse(s.sched == "plateau" and s.valid_pct is None,
+           "--sched plateau: needs --valid-pct, as the test split may not steer a run")
+    refuse(s.sched == "plateau" and s.opt in FASTAI_OPTIMIZERS,
+           f"--sched plateau: works with torch's optimizers ({', '.join(TORCH_OPTIMIZERS)}), not with --opt {s.opt}")
+    for flag in ("no_test", "save_best", "patience"):
+        refuse(settings[flag] and s.valid_pct is None,
+               f"{_flag(flag)}: needs --valid-pct, as nothing may be chosen on the test split")
+    refuse(s.nesterov == "yes" and "nesterov" in given and s.opt != "sgd",
+           f"--nesterov yes: only --opt sgd has it, not {s.opt}")
+    refuse(s.nesterov == "yes" and s.opt == "sgd" and s.momentum == 0,
+           "--momentum 0: Nesterov's needs one above 0, or give --nesterov no")
+    refuse(s.mom_min is not None and s.sched != "one-cycle", "--mom-min: only --sched one-cycle cycles the momentum")
+    refuse(s.mom_min is not None and s.mom_min > s.momentum,
+           f"--mom-min {s.mom_min}: must not be above --momentum ({s.momentum})")
+    for flag, scheds in (("peak_epoch", ("one-cycle",)), ("div", ("one-cycle",)), ("anneal", ("one-cycle",)),
+                         ("pct_start", ("one-cycle", "flat-cos")), ("div_final", ("one-cycle", "flat-cos")),
+                         ("step_size", ("step",)), ("gamma", ("step", "plateau")), ("plateau_patience", ("plateau",))):
+        refuse(flag in given and s.sched not in scheds,
+               f"{_flag(flag)}: belongs to --sched {' or '.join(scheds)}, not {s.sched}")
+    refuse("lr_suggest" in given and s.lr != "find", "--lr-suggest: goes with --lr find")
+
+
+def _check_device(settings, given):
+    device = settings["device"]
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise InputError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
+
+
+_CHECKS = (_check_lr, _check_names, _check_ranges, _check_together, _check_device)
+
+assert set(BASE) == set(inspect.signature(parameters).parameters), "parameters and BASE name different things"

@@ -1,0 +1,243 @@
+"""What a finished run leaves: its numbers, predictions, weights, pictures and page."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.torch_core import TensorImage
+
+from cifar_fastai.checkpoint import save_torch
+from cifar_fastai.files import atomic_write, write_json
+from cifar_fastai.galleries import plot_augmentations, plot_gradcam, plot_tiles
+from cifar_fastai.gradcam import default_layer, gradcam
+from cifar_fastai.plots import (
+    plot_class_accuracy,
+    plot_confusion_matrix,
+    plot_curves,
+    plot_schedule,
+    save_figure,
+)
+from cifar_fastai.predict import predict
+from cifar_fastai.report import Tiles, write_report
+
+__all__ = ["augmentation_columns", "error_tiles", "export", "network_table", "write_results"]
+
+N_VIEWS = 6  # that predict runs for these three: the image, its mirror image, both moved two ways
+MAX_TILES = 1500  # errors on the page; more would not fit its size
+
+
+def write_results(run):
+    """Evaluate `run.learn` and write everything that a run's folder holds beside its history."""
+    learn, cfg, folder = run.learn, run.cfg, run.folder
+    with learn.no_bar():
+        dl = learn.dls.valid if run.test_dl is None else run.test_dl
+        split = "valid" if run.test_dl is None else "test"
+        began = time.perf_counter()
+        plain, flip, shift = predict(learn, dl, tta=(None, "flip", "shift"))
+        one_pass = (time.perf_counter() - began) / N_VIEWS
+        plain.to_csv(folder / "predictions.csv")
+        save_torch(folder / "model.pth", learn.model.state_dict())
+        export(learn, folder / "learner.pkl")
+        began = time.perf_counter()
+        pictures = _draw(run, plain, dl, split)
+        tiles = error_tiles(learn, dl, plain, cfg)
+        for name, figure in pictures.items():
+            save_figure(figure, folder / f"{name}.png")
+        if cfg.tensorboard and getattr(run, "tensorboard", None):
+            run.tensorboard.add_pictures(pictures)
+        with atomic_write(folder / "summary.txt") as file:
+            file.write(network_table(learn) + "\n")
+        metrics = _metrics(run, plain, flip, shift, split)
+        write_json(folder / "metrics.json", metrics)
+        write_report(folder, tiles)
+        explaining = time.perf_counter() - began
+    _print_results(run, metrics, plain, split)
+    print(f"explained {len(tiles.indices):,} of {len(plain.errors):,} errors in {explaining:.0f} s, "
+          f"{explaining / one_pass:.1f} times one pass over the {split} images")  # fmt: skip
+    print(f"all of it on one page: {folder / 'report.html'}", flush=True)
+
+
+def _metrics(run, plain, flip, shift, split):
+    cfg, last = run.cfg, run.log.rows[-1]
+    on_test = split == "test"
+    seconds = sum(row["seconds"] for row in run.log.rows)
+    return {
+        "dataset": run.images.name, "model": cfg.model, "parameters": run.n_parameters, "epochs": len(run.log.rows),
+        "seed": cfg.seed, "device": run.config["device"], "hardware": run.config["hardware"],
+        "precision": cfg.precision, "eval_split": run.eval_split, "train_accuracy": last["train_accuracy"],
+        "valid_accuracy": last["valid_accuracy"], "valid_loss": last["valid_loss"],
+        "test_accuracy": plain.accuracy if on_test else None, "tta_accuracy": flip.accuracy,
+        "tta_shift_accuracy": shift.accuracy, "class_accuracy": plain.class_accuracy,
+        "images_per_second": float(np.median([row["images_per_second"] for row in run.log.rows])), "seconds": seconds,
+    }  # fmt: skip
+
+
+def _print_results(run, metrics, plain, split):
+    print(f"\n{run.images.name}, {split} accuracy by class")
+    for name, accuracy in plain.class_accuracy.items():
+        print(f"  {name:<16} {accuracy:>7.2%}")
+    print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {metrics['epochs']} epochs)")
+    print(f"with flip TTA {metrics['tta_accuracy']:.2%}")
+    print(f"with flip and shift TTA {metrics['tta_shift_accuracy']:.2%}")
+
+
+def _draw(run, predictions, dl, split):
+    """Every picture of the run, by the name of its file."""
+    cfg, log, dls = run.cfg, run.log, run.learn.dls
+    pictures = {
+        "curves": plot_curves(log.rows, run.eval_split),
+        "augmentations": plot_augmentations(augmentation_columns(dls)),
+        "class_accuracy": plot_class_accuracy(predictions.class_accuracy, predictions.accuracy),
+        "confusion_matrix": plot_confusion_matrix(predictions.confusion_matrix, predictions.classes),
+    }
+    if log.lrs:
+        pictures["schedule"] = plot_schedule(log.lrs, log.moms, len(dls.train))
+    wrong, worst = predictions.misclassified(cfg.n_images), predictions.top_losses(cfg.n_images)
+    pictures["misclassified"] = _tiles(dl, predictions, wrong, cfg.n_cols, f"Misclassified {split} images")
+    pictures["top_losses"] = _tiles(dl, predictions, worst, cfg.n_cols, f"Highest losses on the {split} images")
+    layers = cam_layers_of(run.learn, cfg)
+    x = normalised(dl, wrong)
+    heat = [gradcam(run.learn, x, _cam_target(predictions, wrong, cfg.cam_target), layer, cfg.cam_method)
+            for layer in layers] if len(wrong) else []  # fmt: skip
+    pictures["gradcam"] = plot_gradcam(
+        pixels(dl, wrong), heat, *_names(predictions, wrong), predictions.confidence[wrong], alpha=cfg.cam_alpha,
+        classes=predictions.classes,
+    )  # fmt: skip
+    return pictures
+
+
+def cam_layers_of(learn, cfg):
+    """The layers that --cam-layer names, separated by commas, or the default one."""
+    return [name.strip() for name in cfg.cam_layer.split(",")] if cfg.cam_layer else [default_layer(learn)]
+
+
+def _cam_target(predictions, chosen, which):
+    return predictions.predicted[chosen] if which == "predicted" else predictions.targets[chosen]
+
+
+def _names(predictions, chosen):
+    """True and predicted class names of the chosen positions."""
+    names = np.array(predictions.classes, dtype=object)
+    return list(names[predictions.targets[chosen]]), list(names[predictions.predicted[chosen]])
+
+
+def _tiles(dl, predictions, chosen, n_cols, title):
+    true, predicted = _names(predictions, chosen)
+    return plot_tiles(pixels(dl, chosen), true, predicted, predictions.confidence[chosen],
+                      predictions.losses[chosen], n_cols=n_cols, title=title)  # fmt: skip
+
+
+def pixels(dl, chosen):
+    """The images at positions `chosen` of the loader's split: uint8 (K, H, W, 3)."""
+    if len(chosen) == 0:
+        return np.zeros((0, 32, 32, 3), np.uint8)
+    rows = np.asarray(list(dl.dataset.items))[np.asarray(chosen)]
+    return np.ascontiguousarray(dl.dataset.tls[0].tfms.fs[0].store.images[rows].transpose(0, 2, 3, 1))
+
+
+def normalised(dl, chosen):
+    """The same images as the model gets them: float (K, 3, H, W) on the loader's device."""
+    images = torch.from_numpy(pixels(dl, chosen)).permute(0, 3, 1, 2).to(dl.device)  # (K, 3, H, W)
+    dl.after_batch.split_idx = 1
+    return dl.after_batch((TensorImage(images),))[0].as_subclass(torch.Tensor)
+
+
+def augmentation_columns(dls, n=6):
+    """The same `n` train images after each train-time transform alone and after all: {title: uint8 (n, H, W, 3)}."""
+    dl = dls.train
+    step = max(1, len(dl.dataset) // n)
+    original = pixels(dl, list(range(0, len(dl.dataset), step))[:n])
+    tfms = list(dl.after_batch.fs)
+    always = [tfm for tfm in tfms if getattr(tfm, "split_idx", None) != 0 and not hasattr(tfm, "before_call")]
+    drawn = [tfm for tfm in tfms if tfm not in always]
+
+    def show(chosen):
+        x = TensorImage(torch.from_numpy(original).permute(0, 3, 1, 2).to(dl.device))  # (n, 3, H, W)
+        used = [tfm for tfm in tfms if tfm in always or tfm in chosen]
+        for tfm in used:
+            x = tfm(x, split_idx=0)
+        for tfm in reversed(used):
+            x = tfm.decode(x) if tfm in always else x
+        return x.as_subclass(torch.Tensor).cpu().numpy().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+    columns = {"original": original}
+    for tfm in drawn:
+        columns[_title(tfm)] = show([tfm])
+    columns["all"] = show(drawn)
+    return columns
+
+
+def _title(tfm):
+    name = type(tfm).__name__
+    return "vertical RandomFlip" if getattr(tfm, "vertical", False) else name
+
+
+def error_tiles(learn, dl, predictions, cfg, limit=MAX_TILES):
+    """The misclassified images, worst loss first, each with the heatmaps of the predicted and of the true class."""
+    chosen = predictions.errors[:limit]
+    layer, x = cam_layers_of(learn, cfg)[0], normalised(dl, chosen)
+    maps = [gradcam(learn, x, classes[chosen], layer, cfg.cam_method) if len(chosen) else None
+            for classes in (predictions.predicted, predictions.targets)]  # fmt: skip
+    true, predicted = _names(predictions, chosen)
+    empty = np.zeros((0, 32, 32), np.float32), np.zeros(0, bool)
+    (cam_predicted, none_predicted), (cam_true, none_true) = [
+        empty if heat is None else (heat.maps, heat.negligible) for heat in maps
+    ]
+    return Tiles(
+        images=pixels(dl, chosen), indices=predictions.indices[chosen], targets=true, predicted=predicted,
+        confidence=predictions.confidence[chosen], losses=predictions.losses[chosen], cam_predicted=cam_predicted,
+        cam_true=cam_true, negligible_predicted=none_predicted, negligible_true=none_true,
+    )  # fmt: skip
+
+
+def export(learn, path):
+    """`Learner.export`, atomically and without this machine's paths; the file is fastai's own and can run code."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    old = learn.path
+    try:
+        learn.path = Path(".")
+        learn.export(part.absolute())
+        os.replace(part, path)
+    finally:
+        learn.path = old
+        part.unlink(missing_ok=True)
+
+
+def network_table(learn):
+    """The layers of the network with output shape and parameters, totals at the end."""
+    rows, hooks = [], []
+
+    def note(name, module):
+        def hook(module, inputs, output):
+            own = sum(p.numel() for p in module.parameters())
+            rows.append((name, type(module).__name__, tuple(output.shape[1:]), own))
+
+        return module.register_forward_hook(hook)
+
+    model = learn.model
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    training = model.training
+    try:
+        hooks = [note(name, module) for name, module in model.named_modules()
+                 if not list(module.children()) and not (name.endswith("shortcut"))]  # fmt: skip
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, 32, 32, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+        model._compiled_call_impl = compiled
+    width = max(len(name) for name, *_ in rows) + 2
+    lines = [f"{'layer':<{width}}{'type':<16}{'output (C, H, W)':<20}{'parameters':>12}"]
+    for name, kind, shape, own in rows:
+        lines.append(f"{name:<{width}}{kind:<16}{' x '.join(map(str, shape)):<20}{own:>12,}")
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return "\n".join([*lines, f"{'total parameters':<{width + 36}}{total:>12,}",
+                      f"{'trainable parameters':<{width + 36}}{trainable:>12,}"])  # fmt: skip
+
+

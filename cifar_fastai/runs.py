@@ -1,0 +1,151 @@
+"""A run's folder: what it is called, what it holds, and a learner made from it again."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.training import GradientClip
+
+from cifar_fastai.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
+from cifar_fastai.checkpoint import load_weights
+from cifar_fastai.data import load_images
+from cifar_fastai.errors import InputError
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.loaders import cifar_dls, default_bs, split_rows
+from cifar_fastai.precision import choose_device
+
+__all__ = ["describe_machine", "learner_for", "load_run", "make_folder", "read_config", "versions"]
+
+_AUGMENT = ("padding", "pad_mode", "vflip", "rotate", "cutout", "n_holes", "max_holes", "cutout_p")
+
+
+def make_folder(recipe, out=None):
+    """A new folder for a run: `out`, or runs/<recipe>-<date>-<time>. InputError where a run is there already."""
+    if out is not None:
+        folder = Path(out)
+        if (folder / "config.json").exists() or (folder / "checkpoint.pth").exists():
+            raise InputError(f"--out {out}: holds a run already; give another folder, or --resume {out}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be made ({error.strerror or error})") from None
+        return folder
+    stamp, n = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    while True:  # two runs may start in the same second
+        folder = Path("runs") / (stamp if n == 1 else f"{stamp}-{n}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            n += 1
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror or error}); give --out DIR") from None
+
+
+def learner_for(cfg, images, device):
+    """The learner that `cfg`, the resolved parameters, describes; `cfg.bs` may be lowered to fit a small set.
+
+    InputError for settings that do not fit the data.
+    """
+    n_train = len(split_rows(images, cfg.valid_pct, cfg.split_seed, cfg.subset)[0])
+    if "bs" not in cfg.given:
+        bs = default_bs(cfg.bs, n_train)
+        if "lr" not in cfg.given and cfg.lr != "find":
+            cfg.lr *= bs / cfg.bs  # smaller batches are noisier: Goyal and others' linear rule, arXiv:1706.02677
+        cfg.bs = bs
+    if cfg.flip is None:
+        cfg.flip = images.flip
+    augment = {name: getattr(cfg, name) for name in _AUGMENT}
+    dls = cifar_dls(images, cfg.bs, cfg.valid_pct, cfg.split_seed, cfg.subset, cfg.flip, device, **augment)
+    lr = 0.1 if cfg.lr == "find" else cfg.lr
+    learn = cifar_learner(
+        dls, cfg.model, opt=cfg.opt, lr=lr, momentum=cfg.momentum, mom_min=cfg.mom_min, nesterov=cfg.nesterov == "yes",
+        wd=cfg.wd, wd_bn_bias=cfg.wd_bn_bias == "yes", label_smoothing=cfg.label_smoothing, precision=cfg.precision,
+        cbs=_callbacks(cfg),
+    )  # fmt: skip
+    learn.recorder.train_metrics = not (cfg.mixup or cfg.cutmix)  # of mixed images no class is right
+    return learn
+
+
+def _callbacks(cfg):
+    cbs = [StopOnBadLoss()]
+    if cfg.l1:
+        cbs.append(L1Penalty(cfg.l1))
+    if cfg.clip:
+        cbs.append(GradientClip(cfg.clip))
+    if cfg.clip_value:
+        cbs.append(ClipValue(cfg.clip_value))
+    if cfg.mixup:
+        cbs.append(MixUp(cfg.mixup))
+    if cfg.cutmix:
+        cbs.append(CutMix(cfg.cutmix))
+    if cfg.ema:
+        cbs.append(WeightAverage(cfg.ema))
+    return cbs
+
+
+def read_config(folder):
+    """config.json of a run's folder as a dict; InputError where there is none that can be read."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not a run's folder (no config.json in it)") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("parameters"), dict):
+        raise InputError(f"{path}: not a run's configuration")
+    return config
+
+
+def load_run(folder, device="auto", data=None, weights="model.pth"):
+    """The learner of a finished run, from its config.json and weights alone: (learn, config).
+
+    learner.pkl is not touched. `data` says where the images are, if not where they were. InputError where the run is
+    not finished, the files are damaged or the images are others than it was trained with.
+    """
+    config = read_config(folder)
+    if not (Path(folder) / weights).exists():
+        raise InputError(f"{folder}: no {weights} in it; is the run finished? --resume {folder} goes on with it")
+    cfg = SimpleNamespace(**config["parameters"], given=list(config["parameters"]))
+    images = load_images(cfg.data if data is None else data)
+    if images.fingerprint != config["data_fingerprint"]:
+        raise InputError(f"{images.source}: not the images this run was trained with ({config['data_name']}); "
+                         "say where those are with --data")  # fmt: skip
+    learn = learner_for(cfg, images, choose_device(device))
+    load_weights(learn.model, Path(folder) / weights)
+    return learn, config
+
+
+def versions():
+    """Versions of what a result depends on; the git commit where the package lies in a checkout."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "fastai", "cifar_fastai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        found["git_commit"] = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        found["git_commit"] = None
+    return found
+
+
+def describe_machine(device):
+    """The hardware in words: the GPU's name, or the processor's with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads" + (", Apple GPU" if device.type == "mps" else "")

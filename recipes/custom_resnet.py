@@ -1,0 +1,27 @@
+"""The custom ResNet of the one-cycle assignment: 24 epochs, found LR, peak at epoch 5, no annihilation.
+
+    python recipes/custom_resnet.py
+"""
+
+from fastcore.meta import delegates
+
+from cifar_fastai.cli import command
+from cifar_fastai.config import Recipe, parameters
+
+RECIPE = Recipe("custom_resnet", dict(
+    model="custom_resnet", epochs=24, bs=512, lr="find", lr_suggest="slide", opt="adam", wd=1e-4, wd_bn_bias="yes",
+    pct_start=5 / 24, anneal="linear", div=10.0, div_final=10.0, padding=4, cutout=8,
+))  # fmt: skip
+
+
+@command(RECIPE.settings)
+@delegates(parameters)
+def main(**given):
+    "Train the custom ResNet on CIFAR-10 with one cycle whose highest learning rate is found by a range test."
+    from cifar_fastai.train import train
+
+    return train(RECIPE, given)
+
+
+if __name__ == "__main__":
+    main()

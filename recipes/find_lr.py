@@ -1,0 +1,29 @@
+"""The learning-rate range test alone: the curve with its suggestions marked, and the numbers.
+
+    python recipes/find_lr.py --out lr_find.png
+"""
+
+from fastcore.meta import delegates
+
+from cifar_fastai.cli import command
+from cifar_fastai.config import BASE, Recipe, parameters
+
+RECIPE = Recipe("find_lr", dict(lr="find"))
+
+
+@command(BASE | RECIPE.defaults)
+@delegates(parameters)
+def main(
+    start_lr: float = 1e-5,  # The range's lowest learning rate
+    end_lr: float = 10.0,  # The range's highest
+    num_it: int = 100,  # Steps
+    **given,
+):
+    "Draw the loss while the learning rate grows, on train images alone, into --out (default: lr_find.png)."
+    from cifar_fastai.train import find_lr
+
+    return find_lr(RECIPE, given, start_lr, end_lr, num_it)
+
+
+if __name__ == "__main__":
+    main()

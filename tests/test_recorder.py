@@ -1,0 +1,79 @@
+"""The step loop does not wait for the device, and its means are means."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.loaders import cifar_dls
+
+
+class CountReads(TorchDispatchMode):
+    """Count what makes a step wait: numbers read into Python, and copies to the host from another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads += 1
+        elif func is torch.ops.aten._to_copy.default and args[0].device.type != "cpu" and out.device.type == "cpu":
+            self.reads += 1
+        return out
+
+
+def _learner(images, **kwargs):
+    dls = cifar_dls(images, bs=2, device="cpu")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(4, len(images.classes)))  # fmt: skip
+    return cifar_learner(dls, net, **kwargs)
+
+
+def _reads_in_training(learn, n_epoch):
+    counter = CountReads()
+    with learn.no_logging(), counter:
+        learn.fit_one_cycle(n_epoch, 0.1)
+    return counter.reads, n_epoch * len(learn.dls.train)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("opt", ["sgd", "adam"])
+def test_fewer_than_one_read_in_ten_steps(tiny_images, precision, opt):
+    learn = _learner(tiny_images, precision=precision, opt=opt)
+    one, steps = _reads_in_training(learn, 1)
+    three, steps3 = _reads_in_training(learn, 3)
+    in_between = (three - one) / (steps3 - steps)  # what each further epoch costs, its end included
+    assert in_between < 0.1 or three - one <= 2 * 10, (one, three, steps)
+    assert (three - one) / (steps3 - steps) < 0.35
+
+
+def test_the_counter_sees_fastais_own_reads(tiny_images):
+    learn = _learner(tiny_images)
+    from fastai.learner import Recorder
+
+    learn.remove_cb(learn.recorder)
+    learn.metrics = []
+    learn.add_cb(Recorder())
+    learn.progress.seconds = 0
+    reads, steps = _reads_in_training(learn, 1)
+    assert reads >= steps
+
+
+def test_losses_are_means_over_images(tiny_images):
+    dls = cifar_dls(tiny_images, bs=7, val_bs=4, device="cpu", padding=0, cutout=0, flip=0.0)
+    learn = cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)), lr=0.0, wd=0.0, momentum=0.0,
+                          nesterov=False)  # fmt: skip
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.0)
+    train_loss, train_acc, valid_loss, valid_acc = learn.recorder.values[-1]
+    x = torch.cat([x for x, _ in dls.valid]).as_subclass(torch.Tensor)
+    y = torch.cat([y for _, y in dls.valid]).as_subclass(torch.Tensor)
+    with torch.no_grad():
+        out = learn.model(x)
+    assert valid_loss == pytest.approx(nn.functional.cross_entropy(out, y).item(), rel=1e-5)
+    assert valid_acc == pytest.approx((out.argmax(1) == y).float().mean().item())
+    assert len(y) % 4  # batches of unlike sizes, or the mean of means would do
+    assert train_loss > 0 and 0 <= train_acc <= 1
