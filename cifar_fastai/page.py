@@ -4,6 +4,7 @@ matplotlib finds out how wide a text is when it draws; here it is asked before, 
 and figures made large enough. Names are shown letter by letter: `$` and `_` are no mathematics.
 """
 
+import io
 import re
 from functools import lru_cache
 
@@ -11,14 +12,24 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
-__all__ = ["Page", "percent", "span", "text_height", "text_width", "wrap"]
+__all__ = ["Page", "Picture", "percent", "span", "text_height", "text_width", "wrap"]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart (vermilion darkened, to be read as text)
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#C04B00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#555555"
 SMALL, NORMAL, LARGE = 8.5, 10, 12  # points
-WIDTH = 8.4  # inches
+WIDTH, DPI = 8.4, 140  # inches, dots per inch: 1,176 pixels, what a README shows and some to spare
 MARGIN, GAP = 0.15, 0.08  # inches: around a page, between two images
+
+
+class Picture(Figure):
+    """A Figure that a notebook shows, once, without `%matplotlib inline` and without pyplot, which it never meets."""
+
+    def _repr_png_(self):
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=DPI)
+        width, height = self.get_size_inches() * 100  # drawn with more pixels than it takes on the screen
+        return file.getvalue(), {"width": round(width), "height": round(height)}
 
 
 class Page:
@@ -26,7 +37,7 @@ class Page:
 
     def __init__(self, width, height):
         self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height))
+        self.figure = Picture(figsize=(width, height))
 
     def text(self, x, y, text, size=NORMAL, va="top", **style):
         """Write `text` with its top left corner at (x, y)."""

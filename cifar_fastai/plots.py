@@ -9,13 +9,13 @@ from itertools import cycle
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from cifar_fastai.files import atomic_write
 from cifar_fastai.galleries import plot_augmentations, plot_gradcam, plot_tiles
 from cifar_fastai.page import (
     BLUE,
+    DPI,
     GREEN,
     GREY,
     LARGE,
@@ -25,6 +25,7 @@ from cifar_fastai.page import (
     SMALL,
     VERMILION,
     WIDTH,
+    Picture,
     percent,
     text_width,
     wrap,
@@ -41,8 +42,6 @@ __all__ = [
     "plot_tiles",
     "save_figure",
 ]
-
-DPI = 140  # a figure of the usual width has 1,176 pixels: what a README shows, and some to spare
 
 
 def save_figure(fig, path):
@@ -65,7 +64,7 @@ def plot_curves(history, eval_split="test"):
     if not history:
         raise ValueError("no epoch to draw: the history is empty")
     epochs = _column(history, "epoch")
-    fig = Figure(figsize=(WIDTH, 3.7), layout="constrained")
+    fig = Picture(figsize=(WIDTH, 3.7), layout="constrained")
     losses, accuracies = fig.subplots(1, 2)
     _curves(losses, epochs, history, "loss", eval_split, 1, "{:.3f}")
     _curves(accuracies, epochs, history, "accuracy", eval_split, 100, "{:.1f} %")
@@ -115,7 +114,7 @@ def plot_schedule(lrs, moms, steps_per_epoch):
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {steps_per_epoch}: it must be at least 1")
     n_panels = 1 if moms is None else 2
-    fig = Figure(figsize=(WIDTH, 2.2 + 1.7 * n_panels), layout="constrained")
+    fig = Picture(figsize=(WIDTH, 2.2 + 1.7 * n_panels), layout="constrained")
     axes = fig.subplots(n_panels, 1, sharex=True, squeeze=False, height_ratios=[3, 2][:n_panels])[:, 0]
     if not _steps(axes[0], lrs, "learning rate", BLUE, room=lrs.max()):
         _mark_peak(axes[0], lrs, steps_per_epoch)
@@ -171,7 +170,7 @@ def plot_lr_find(lrs, losses, suggestions):
         raise ValueError(f"{len(lrs)} learning rates and {len(losses)} losses: give one of each per step")
     if lrs[0] <= 0 or (np.diff(lrs) <= 0).any():
         raise ValueError("the learning rates of a range test must be above 0 and rise from step to step")
-    fig = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    fig = Picture(figsize=(WIDTH, 4.2), layout="constrained")
     ax = fig.subplots()
     ax.plot(lrs, losses, color=GREY, linewidth=1.8)
     # marks shrink from one to the next: where several fall on one point, each still shows around the one above it
@@ -215,7 +214,7 @@ def plot_class_accuracy(class_accuracy, accuracy=None):
     names = {name: wrap(name, 2.6 / n_columns, SMALL) for name in order}
     lines = max(text.count("\n") + 1 for text in names.values())
     height = max(0.27 if n_rows <= 20 else 0.19, 0.16 * lines)  # inches
-    fig = Figure(figsize=(WIDTH, 1.3 + n_rows * height), layout="constrained")
+    fig = Picture(figsize=(WIDTH, 1.3 + n_rows * height), layout="constrained")
     for column, ax in enumerate(fig.subplots(1, n_columns, squeeze=False)[0]):
         part = order[column * n_rows : (column + 1) * n_rows]
         ax.barh(range(len(part)), [values[name] for name in part], color=BLUE, alpha=0.75, height=0.7)
@@ -258,7 +257,7 @@ def plot_confusion_matrix(matrix, classes):
     tilted = {"rotation": 90} if n > 12 else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     turn = {} if widest < 0.9 * cell else tilted
     under = (widest if n > 12 else 0.65 * widest + 0.1) if turn else 0.3
-    fig = Figure(figsize=(max(n * cell + widest + 2.2, 5), max(n * cell + under + 0.75, 3)), layout="constrained")
+    fig = Picture(figsize=(max(n * cell + widest + 2.2, 5), max(n * cell + under + 0.75, 3)), layout="constrained")
     ax = fig.subplots()
     layers = [_cells(fig, ax, np.ma.masked_where(~right, share), "Blues", (0.05, 0.5), "right", vmin=0, vmax=100)]
     if worst:

@@ -145,6 +145,15 @@ def test_import_and_pictures_leave_pyplot_alone():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_a_notebook_shows_a_picture_once():
+    """As an image even where nothing was set up for matplotlib; pyplot, which would show it again, knows none."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    fig = plots.plot_schedule([0.1, 0.2], None, 1)
+    data, metadata = formatters.DisplayFormatter().format(fig)
+    assert data["image/png"].startswith(b"\x89PNG") and metadata["image/png"]["width"] == 840
+    assert set(data) == {"image/png", "text/plain"}
+
+
 # ---- charts
 
 
