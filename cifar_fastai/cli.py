@@ -1,7 +1,9 @@
 """A recipe's `main` as a command: its signature is the command line, its errors are one line and an exit status."""
 
 import os
+import signal
 import sys
+import warnings
 from functools import wraps
 
 from fastcore.script import anno_parser
@@ -36,7 +38,6 @@ def _parser(main, defaults):
     parser = anno_parser(main)
     for action in parser._actions:
         if action.dest in defaults:
-            action.default = None if action.default is None else action.default
             if defaults[action.dest] not in (None, False):
                 action.help = f"{action.help} (default: {defaults[action.dest]})"
         if action.help and action.help != "==SUPPRESS==":
@@ -46,23 +47,29 @@ def _parser(main, defaults):
 
 def _run(main, given):
     """Run `main`; its exit status is 0, that of the error, or 128 + the signal that ended it."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # torch about its own jit, at import
     try:
         main(**given)
         return 0
-    except RunError as error:
-        if given.get("debug"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # signals.Stopped among them, which knows more
+        resume = getattr(stop, "resume", None)
+        print(f"\nstopped; go on with: {resume}" if resume else "\nstopped", file=sys.stderr, flush=True)
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 128 + 13
     except Exception as error:
         if given.get("debug"):
             raise
-        first = (str(error).strip() or "no message").splitlines()[0]
-        print(f"error: {type(error).__name__}: {first} (the traceback: --debug)", file=sys.stderr)
-        return 1
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        return getattr(error, "status", 1)
+
+
+def _one_line(error):
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; what was finished before is kept"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first} (the traceback: --debug)"

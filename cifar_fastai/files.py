@@ -16,19 +16,22 @@ def atomic_write(path, mode="w"):
     Whoever reads `path` meanwhile, or after a crash, finds the old file whole or none. The data reach the disk
     before the name does. Raises OSError as `open` does.
     """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    path, name = Path(path), None
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
+    except BaseException as error:
+        if name is not None:
+            with suppress(OSError):
+                os.unlink(name)
+        if isinstance(error, OSError) and error.strerror:  # name the file that was wanted, not the temporary one
+            raise type(error)(error.errno, error.strerror, str(path)) from None
         raise
 
 

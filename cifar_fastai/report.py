@@ -348,7 +348,7 @@ def _sheet(images, lossless, quality=90):
     sheet = Image.fromarray(cells.reshape(n_rows * height, SHEET * width, 3))
     if lossless:
         return _data_uri(_encoded(sheet, "WEBP", lossless=True, quality=60, method=3), "image/webp")
-    return _data_uri(_encoded(sheet, "JPEG", quality=quality, subsampling=0, optimize=True), "image/jpeg")
+    return _data_uri(_encoded(sheet, "JPEG", quality=quality, subsampling=0), "image/jpeg")
 
 
 def _tile_rows(tiles, classes):

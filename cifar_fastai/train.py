@@ -1,8 +1,8 @@
 """One run from start to end: the story that every recipe tells."""
 
 import random
+import shlex
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from cifar_fastai.schedule import fit_scheduled
 from cifar_fastai.signals import StopOnSignal, Stopped, catch_signals
 from cifar_fastai.tensorboard import TensorBoardLog
 
-__all__ = ["train"]
+__all__ = ["find_lr", "train"]
 
 
 def train(recipe, given):
@@ -37,18 +37,40 @@ def train(recipe, given):
     Returns the run's folder. InputError for what cannot be, RunError for what went wrong, Stopped by a signal; up to
     the last finished epoch all is kept, and `--resume` goes on from there.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     with catch_signals():
         run = _resumed(given) if given.get("resume") else _new(recipe, given)
         try:
             _fit(run)
+            write_results(run)
         except Stopped as stop:
             if (run.folder / "checkpoint.pth").exists():
-                stop.resume = run.resume_command
+                stop.resume = f"python recipes/{run.name}.py --resume {shlex.quote(str(run.folder))}"
             raise
-        write_results(run)
         (run.folder / "checkpoint.pth").unlink(missing_ok=True)
     return run.folder
+
+
+def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
+    """The range test alone, as a picture in `--out` (lr_find.png by default) and as numbers; the RangeTest."""
+    if not 0 < start_lr < end_lr < float("inf"):
+        raise InputError(f"--start-lr {start_lr:g}, --end-lr {end_lr:g}: the first must be above 0 and below the second")
+    if num_it < 20:
+        raise InputError(f"--num-it {num_it}: give at least 20 steps")
+    out = Path(given.get("out") or "lr_find.png")
+    if out.suffix != ".png" or not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
+    cfg = resolve(recipe, {name: value for name, value in given.items() if name != "out"})
+    cfg.given = {name: value for name, value in given.items() if value not in (None, False)}
+    with catch_signals():
+        run = _prepared(recipe.name, cfg, choose_device(cfg.device))
+        train = run.learn.dls.train
+        print(f"{cfg.model} on {run.images.name}: {num_it} steps of {cfg.bs} of {len(train.dataset):,} train images")
+        found = range_test(run.learn, start_lr, end_lr, num_it)
+    save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), out)
+    for name, lr in found.suggestions.items():
+        print(f"{name:<8} {'-' if lr is None else f'{lr:.3g}'}")
+    print(f"picture: {out}")
+    return found
 
 
 def _new(recipe, given):
@@ -139,7 +161,6 @@ def _print_header(run):
 def _fit(run):
     """Train what is left to train; afterwards the model holds the weights that are evaluated."""
     cfg, learn, saved = run.cfg, run.learn, run.saved
-    run.resume_command = f"python recipes/{run.name}.py --resume {run.folder}"
     log = RunLog(run.folder / "history.csv", run.eval_split, saved["rows"] if saved else ())
     run.log = log
     if saved:
