@@ -210,7 +210,9 @@ def _heat_key(page, x, y):
 
 
 def _verdict(true, predicted, words):
-    """The true and the predicted class in words and colours."""
+    """The true class, None where nobody knows it, and the predicted one in words and colours."""
+    if true is None:
+        return [(words, BLUE)]
     return [(f"true: {true}", BLUE), (f"predicted: {words}", BLUE if true == predicted else VERMILION)]
 
 

@@ -97,34 +97,30 @@ def _draw(run, predictions, dl, split):
     wrong, worst = predictions.misclassified(cfg.n_images), predictions.top_losses(cfg.n_images)
     pictures["misclassified"] = _tiles(dl, predictions, wrong, cfg.n_cols, f"Misclassified {split} images")
     pictures["top_losses"] = _tiles(dl, predictions, worst, cfg.n_cols, f"Highest losses on the {split} images")
-    layers = cam_layers_of(run.learn, cfg)
+    layers = chosen_layers(run.learn, cfg)
     x = normalised(dl, wrong)
-    heat = [gradcam(run.learn, x, _cam_target(predictions, wrong, cfg.cam_target), layer, cfg.cam_method)
-            for layer in layers] if len(wrong) else []  # fmt: skip
+    explained = predictions.predicted if cfg.cam_target == "predicted" else predictions.targets
+    heat = [gradcam(run.learn, x, explained[wrong], layer, cfg.cam_method) for layer in layers]
     pictures["gradcam"] = plot_gradcam(
-        pixels(dl, wrong), heat, *_names(predictions, wrong), predictions.confidence[wrong], alpha=cfg.cam_alpha,
+        pixels(dl, wrong), heat, *class_names(predictions, wrong), predictions.confidence[wrong], alpha=cfg.cam_alpha,
         classes=predictions.classes,
     )  # fmt: skip
     return pictures
 
 
-def cam_layers_of(learn, cfg):
+def chosen_layers(learn, cfg):
     """The layers that --cam-layer names, separated by commas, or the default one."""
     return [name.strip() for name in cfg.cam_layer.split(",")] if cfg.cam_layer else [default_layer(learn)]
 
 
-def _cam_target(predictions, chosen, which):
-    return predictions.predicted[chosen] if which == "predicted" else predictions.targets[chosen]
-
-
-def _names(predictions, chosen):
+def class_names(predictions, chosen):
     """True and predicted class names of the chosen positions."""
     names = np.array(predictions.classes, dtype=object)
     return list(names[predictions.targets[chosen]]), list(names[predictions.predicted[chosen]])
 
 
 def _tiles(dl, predictions, chosen, n_cols, title):
-    true, predicted = _names(predictions, chosen)
+    true, predicted = class_names(predictions, chosen)
     return plot_tiles(pixels(dl, chosen), true, predicted, predictions.confidence[chosen],
                       predictions.losses[chosen], n_cols=n_cols, title=title)  # fmt: skip
 
@@ -177,18 +173,15 @@ def _title(tfm):
 def error_tiles(learn, dl, predictions, cfg, limit=MAX_TILES):
     """The misclassified images, worst loss first, each with the heatmaps of the predicted and of the true class."""
     chosen = predictions.errors[:limit]
-    layer, x = cam_layers_of(learn, cfg)[0], normalised(dl, chosen)
-    maps = [gradcam(learn, x, classes[chosen], layer, cfg.cam_method) if len(chosen) else None
-            for classes in (predictions.predicted, predictions.targets)]  # fmt: skip
-    true, predicted = _names(predictions, chosen)
-    empty = np.zeros((0, 32, 32), np.float32), np.zeros(0, bool)
-    (cam_predicted, none_predicted), (cam_true, none_true) = [
-        empty if heat is None else (heat.maps, heat.negligible) for heat in maps
-    ]
+    layer, x = chosen_layers(learn, cfg)[0], normalised(dl, chosen)
+    by_predicted = gradcam(learn, x, predictions.predicted[chosen], layer, cfg.cam_method)
+    by_true = gradcam(learn, x, predictions.targets[chosen], layer, cfg.cam_method)
+    true, predicted = class_names(predictions, chosen)
     return Tiles(
         images=pixels(dl, chosen), indices=predictions.indices[chosen], targets=true, predicted=predicted,
-        confidence=predictions.confidence[chosen], losses=predictions.losses[chosen], cam_predicted=cam_predicted,
-        cam_true=cam_true, negligible_predicted=none_predicted, negligible_true=none_true,
+        confidence=predictions.confidence[chosen], losses=predictions.losses[chosen],
+        cam_predicted=by_predicted.maps, cam_true=by_true.maps,
+        negligible_predicted=by_predicted.negligible, negligible_true=by_true.negligible,
     )  # fmt: skip
 
 

@@ -1,0 +1,78 @@
+"""Why a finished run decides as it does: for its own errors, or for any image files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cifar_fastai.errors import InputError
+from cifar_fastai.gradcam import default_layer, gradcam
+from cifar_fastai.outputs import class_names, normalised, pixels
+from cifar_fastai.plots import plot_gradcam, save_figure
+from cifar_fastai.predict import image_batch, predict, predict_files
+from cifar_fastai.runs import load_run, read_config
+
+__all__ = ["explain_errors", "explain_files", "explain_run"]
+
+
+def explain_run(run, images=(), layer=None, method="GradCAM", target="predicted", n=10, alpha=0.5, out=None, data=None,
+                device="auto"):  # fmt: skip
+    """Print a table and draw explain.png for `images`, files of any size, or for the run's `n` worst errors.
+
+    `layer`: one or several by name, separated by commas; `target`: "predicted", "true" (of the run's own images) or
+    the name of a class. Returns the path of the picture. InputError for what is no run, image, layer or class.
+    """
+    if n < 1 or n > 100:
+        raise InputError(f"--n {n}: must be from 1 to 100")
+    read_config(run)  # what is no run is said before what is no picture
+    out = Path(out) if out is not None else Path(run) / "explain.png"
+    if out.suffix != ".png" or not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
+    learn, config = load_run(run, device, data)
+    with learn.no_bar():
+        layers = [name.strip() for name in layer.split(",")] if layer else [default_layer(learn)]
+        if images:
+            figure = explain_files(learn, images, layers, method, target, alpha)
+        else:
+            figure = explain_errors(learn, layers, method, target, n, alpha, config["eval_split"])
+    save_figure(figure, out)
+    print(f"picture: {out}")
+    return out
+
+
+def explain_files(learn, files, layers, method="GradCAM", target="predicted", alpha=0.5):
+    """A Figure of heatmaps for image files, the table of their three most probable classes printed."""
+    if target == "true":
+        raise InputError("--target true: nobody knows the true class of a file; give predicted or the name of a class")
+    found = predict_files(learn, files)
+    width = max(len(str(item.file)) for item in found)
+    for item in found:
+        note = f"  ({item.note})" if item.note else ""
+        print(f"{str(item.file):<{width}}  {_top3(item.top3)}{note}")
+    x = image_batch(learn, [item.image for item in found])  # (N, 3, 32, 32)
+    predicted, confidence = zip(*(item.top3[0] for item in found), strict=True)
+    heat = [gradcam(learn, x, target, name, method) for name in layers]
+    return plot_gradcam(np.stack([item.image for item in found]), heat, [None] * len(found), predicted, confidence,
+                        alpha=alpha, classes=found[0].classes)  # fmt: skip
+
+
+def explain_errors(learn, layers, method="GradCAM", target="predicted", n=10, alpha=0.5, split="test"):
+    """A Figure of heatmaps for the `n` worst errors on the split that is evaluated, their table printed."""
+    dl = learn.dls.valid
+    predictions = predict(learn, dl)
+    chosen = predictions.misclassified(n)
+    true, predicted = class_names(predictions, chosen)
+    print(f"{len(predictions.errors):,} of {len(predictions):,} {split} images are misclassified; the worst by loss:")
+    width = max((len(name) for name in predictions.classes), default=0)
+    for position, name in zip(chosen, true, strict=True):
+        top = np.argsort(-predictions.probs[position])[:3]
+        top3 = [(predictions.classes[k], predictions.probs[position, k]) for k in top]
+        print(f"{predictions.indices[position]:>6}  true {name:<{width}}  {_top3(top3)}")
+    explained = predictions.targets[chosen] if target == "true" else target
+    x = normalised(dl, chosen)
+    heat = [gradcam(learn, x, explained, name, method) for name in layers]
+    return plot_gradcam(pixels(dl, chosen), heat, true, predicted, predictions.confidence[chosen], alpha=alpha,
+                        classes=predictions.classes)  # fmt: skip
+
+
+def _top3(top3):
+    return ", ".join(f"{name} {probability:.1%}" for name, probability in top3)
