@@ -28,9 +28,9 @@ MIN_EVIDENCE = 0.01  # logits: what all of a map adds to the class; less changes
 METHODS = {
     "GradCAM": "GradCAM", "GradCAM++": "GradCAMPlusPlus", "HiResCAM": "HiResCAM", "XGradCAM": "XGradCAM",
     "LayerCAM": "LayerCAM", "GradCAMElementWise": "GradCAMElementWise", "EigenGradCAM": "EigenGradCAM",
-    "EigenCAM": "EigenCAM", "KPCA-CAM": "KPCA_CAM", "FEM": "FEM", "ScoreCAM": "ScoreCAM", "AblationCAM": "AblationCAM",
+    "EigenCAM": "EigenCAM", "FEM": "FEM", "ScoreCAM": "ScoreCAM", "AblationCAM": "AblationCAM",
 }  # fmt: skip
-GRADIENT_FREE = ("EigenCAM", "KPCA_CAM", "FEM", "ScoreCAM", "AblationCAM")
+GRADIENT_FREE = ("EigenCAM", "FEM", "ScoreCAM", "AblationCAM")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,8 @@ def gradcam(learn, x, target="predicted", layer=None, method="GradCAM", bs=64):
     `learn` is a Learner or a model giving logits (B, C). `target`: "predicted" (or None), a class id, the name of a
     class where `learn` is a Learner, or N ids (the true classes, say). `layer`: any module with a map of at least 5
     pixels a side by its dotted name ("layer3", "layer3.1.conv2"), see `cam_layers`; by default `default_layer`.
-    `method`: one of `METHODS`. EigenCAM, KPCA-CAM and FEM explain the activations, whatever the class; ScoreCAM and
-    AblationCAM take a forward pass for every channel of the layer, hundreds for an image.
+    `method`: one of `METHODS`. EigenCAM and FEM explain the activations, whatever the class; ScoreCAM and AblationCAM
+    take a forward pass for every channel of the layer, hundreds for an image.
 
     It computes in float32 in evaluation mode, `bs` images at a time, without compilation, whatever autocast, no_grad
     or frozen layers are around; weights, gradients, modes and hooks are afterwards as before, an error included.
@@ -123,7 +123,7 @@ def _method(name):
 def _images(x):
     x = torch.as_tensor(x).detach().as_subclass(torch.Tensor)
     if x.ndim != 4 or not x.is_floating_point():
-        raise InputError(f"x has shape {tuple(x.shape)} and type {x.dtype}: give a normalised batch (N, 3, H, W), float")
+        raise InputError(f"x is {x.dtype} of shape {tuple(x.shape)}: give a normalised batch (N, 3, H, W) of floats")
     return x.float()
 
 
@@ -133,8 +133,8 @@ def _checked_layer(model, name, sizes):
             raise InputError(f"layer {name}: gives no map (B, C, h, w), or runs more than once; "
                              f"choose from {_listed(sizes)}")  # fmt: skip
         near = get_close_matches(str(name), sizes, n=2, cutoff=0.6)
-        raise InputError(f"layer {name}: no such layer; "
-                         + (f"did you mean {' or '.join(near)}?" if near else f"choose from {_listed(sizes)}"))  # fmt: skip
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {_listed(sizes)}"
+        raise InputError(f"layer {name}: no such layer; {hint}")
     if min(sizes[name]) < MIN_MAP:
         raise InputError(f"layer {name}: its map is {_shown(sizes[name])}, less than {MIN_MAP} pixels; "
                          f"take {_deepest(model, sizes)}; all maps: {_listed(sizes)}")  # fmt: skip
@@ -191,9 +191,9 @@ def _borrowed(model):
     """
     params, tensors = list(model.parameters()), [*model.parameters(), *model.buffers()]
     device = params[0].device if params else torch.device("cpu")
-    modes = {module: (module.training, dict(module._modules)) for module in model.modules()}
+    modules = {m: (m.training, dict(m._modules), set(m._forward_hooks)) for m in model.modules()}
     grads = [(p, p.grad, p.requires_grad) for p in params]
-    narrow = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype != torch.float32]
+    others = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype != torch.float32]
     with ExitStack() as around:
         around.enter_context(torch.inference_mode(False))
         around.enter_context(torch.enable_grad())
@@ -204,17 +204,18 @@ def _borrowed(model):
             for p in params:
                 p.grad = None  # the library clears gradients: it finds none to clear
                 p.requires_grad_(False)
-            for tensor, data in narrow:
+            for tensor, data in others:
                 tensor.data = data.float()
             model.eval()
             yield device
         finally:
-            for module, (training, children) in modes.items():
+            for module, (training, children, hooks) in modules.items():
                 module.training = training
-                for name, child in children.items():  # AblationCAM puts another in the layer's place
-                    if module._modules.get(name) is not child:
-                        module._modules[name] = child
-            for tensor, data in narrow:
+                if module._modules != children:  # AblationCAM puts another layer in the one's place,
+                    module._modules.update(children)
+                for key in set(module._forward_hooks) - hooks:  # and leaves a hook where it breaks off
+                    del module._forward_hooks[key]
+            for tensor, data in others:
                 tensor.data = data
             for p, grad, requires_grad in grads:
                 p.requires_grad_(requires_grad)
@@ -251,10 +252,11 @@ class _Raw:
     def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
         cam = np.array(super().get_cam_image(input_tensor, target_layer, targets, activations, grads, eigen_smooth))
         name, last = type(self).__name__, (1, 2)
-        if name in ("EigenCAM", "EigenGradCAM", "KPCA_CAM"):  # the sign of a principal component is arbitrary
+        if name in ("EigenCAM", "EigenGradCAM"):  # the sign of a principal component is arbitrary
             cam[-cam.min(last) > cam.max(last)] *= -1
         if name == "AblationCAM":  # it divides by the score, which turns the map of a negative score around
-            cam *= np.sign([float(target(out)) for target, out in zip(targets, self.outputs, strict=True)])[:, None, None]
+            scores = [float(target(output)) for target, output in zip(targets, self.outputs, strict=True)]
+            cam *= np.sign(scores)[:, None, None]
         cam = np.nan_to_num(cam, nan=0, posinf=0, neginf=0).clip(0).astype(np.float32)  # (B, h, w)
         self.raw, self.negligible = cam, cam.max(last) <= NOISE * _scale(activations, grads)
         if self.uses_gradients:

@@ -48,7 +48,7 @@ def plot_gradcam(self: Learner, n=10, layer=None, method="GradCAM", target="pred
 
 
 def split_batch(learn, dl, positions):
-    """The images at these positions of the split of `dl`: (x float (K, 3, H, W) as the model gets them, uint8 (K, H, W, 3))."""
+    """The images at these positions of the split of `dl`: (as the model gets them (K, 3, H, W), uint8 (K, H, W, 3))."""
     if not len(positions):
         return torch.zeros(0, 3, 32, 32, device=dl.device), np.zeros((0, 32, 32, 3), np.uint8)
     items = [dl.dataset.items[int(k)] for k in positions]

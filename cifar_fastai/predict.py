@@ -305,7 +305,7 @@ def _rgb(image):
 
 
 def image_batch(learn, images):
-    """Images uint8 (N, H, W, 3) through the learner's own transforms for evaluation: float (N, 3, H, W) on its device."""
+    """Images uint8 (N, H, W, 3) as the learner's model gets them: normalised (N, 3, H, W), on its device."""
     return torch.cat([batch[0].as_subclass(torch.Tensor) for batch in _image_dl(learn, images)])
 
 

@@ -1,0 +1,104 @@
+"""The two pictures of a notebook: what they show, on learners with and without errors."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from cifar_fastai import interpret
+from cifar_fastai.errors import InputError
+from cifar_fastai.interpret import split_batch
+from cifar_fastai.learner import cifar_learner
+from cifar_fastai.loaders import cifar_dls, test_dl
+from cifar_fastai.predict import Predictions, predict
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def learn(tiny_images):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    learn = cifar_learner(cifar_dls(tiny_images, bs=8, val_bs=5, device="cpu"), net, precision="fp32")
+    with learn.no_bar():
+        yield learn
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments that reach the drawing functions."""
+    calls = {}
+
+    def spy(name):
+        draw = getattr(interpret, name)
+        monkeypatch.setattr(interpret, name, lambda *args, **kw: calls.update({name: args}) or draw(*args, **kw))
+
+    spy("plot_tiles")
+    spy("draw_gradcam")
+    return calls
+
+
+def test_split_batch_is_what_the_split_holds(learn, tiny_images):
+    x, images = split_batch(learn, learn.dls.valid, [3, 17, 0])
+    assert (images == tiny_images.test_images[[3, 17, 0]].transpose(0, 2, 3, 1)).all() and images.dtype == np.uint8
+    whole = torch.cat([x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid])
+    torch.testing.assert_close(x, whole[[3, 17, 0]])
+    x, images = split_batch(learn, learn.dls.valid, [])
+    assert x.shape == (0, 3, 32, 32) and images.shape == (0, 32, 32, 3)
+
+
+def test_misclassified(learn, tiny_images, drawn):
+    preds = predict(learn)
+    assert len(preds.errors) > 4
+    assert isinstance(learn.plot_misclassified(4), Figure)
+    images, true, predicted, confidence, losses = drawn["plot_tiles"]
+    worst = preds.errors[:4]
+    assert (images == tiny_images.test_images[worst].transpose(0, 2, 3, 1)).all()
+    assert true == [tiny_images.classes[k] for k in preds.targets[worst]]
+    assert predicted == [tiny_images.classes[k] for k in preds.predicted[worst]] and true != predicted
+    assert (confidence == preds.confidence[worst]).all() and (losses == preds.losses[worst]).all()
+    assert (np.diff(losses) <= 0).all()
+
+
+def test_gradcam(learn, drawn):
+    preds = predict(learn)
+    worst = preds.errors[:3]
+    cases = ("predicted", preds.predicted[worst]), ("true", preds.targets[worst]), ("blue", [2] * 3), (1, [1] * 3)
+    for target, expected in cases:
+        assert isinstance(learn.plot_gradcam(3, target=target), Figure)
+        (heat,) = drawn["draw_gradcam"][1]
+        assert (heat.targets == expected).all() and heat.layer == "1" and heat.map_size == (8, 8)
+    learn.plot_gradcam(3, layer=["0", "1"], target="both", method="LayerCAM", preds=preds)
+    heats = drawn["draw_gradcam"][1]
+    assert [heat.layer for heat in heats] == ["0", "0", "1", "1"] and {heat.method for heat in heats} == {"LayerCAM"}
+    assert (heats[0].targets == preds.predicted[worst]).all() and (heats[1].targets == preds.targets[worst]).all()
+
+
+def test_given_predictions_spare_the_pass(learn, monkeypatch):
+    preds = predict(learn)
+    monkeypatch.setattr(interpret, "predict", None)
+    learn.plot_misclassified(2, preds=preds)
+    learn.plot_gradcam(2, preds=preds)
+    train = learn.dls.test_dl(list(range(48)), with_labels=True)
+    monkeypatch.undo()
+    for dl in train, test_dl(learn.dls):
+        assert isinstance(learn.plot_gradcam(2, dl=dl), Figure)
+
+
+def test_without_errors(learn):
+    preds = predict(learn)
+    right = Predictions(np.eye(3, dtype=np.float32)[preds.targets], preds.targets, preds.losses, preds.indices,
+                        preds.classes)  # fmt: skip
+    assert isinstance(learn.plot_misclassified(preds=right), Figure)
+    assert isinstance(learn.plot_gradcam(preds=right), Figure)
+
+
+def test_errors_are_plain(learn):
+    for call, said in ((lambda: learn.plot_misclassified(0), "n 0: give how many"),
+                       (lambda: learn.plot_gradcam(-1), "n -1"),
+                       (lambda: learn.plot_gradcam(layer="7"), "layer 7: no such layer"),
+                       (lambda: learn.plot_gradcam(target="truth"), "target truth: no such class"),
+                       (lambda: learn.plot_gradcam(method="Grad-CAM"), "did you mean GradCAM")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            call()
