@@ -2,7 +2,11 @@
 
 import inspect
 import math
+import os
+import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from numbers import Integral, Real
 from types import SimpleNamespace
 
 from cifar_fastai.errors import InputError
@@ -115,20 +119,30 @@ class Recipe:
 def resolve(recipe, given):
     """Every parameter of a run as a namespace: `given` before its preset, the preset before the recipe's defaults.
 
-    Values that no run could take raise InputError, before anything is read or written.
+    `given` holds what a caller set, by name; None stands for what was not. Values that no run could take raise
+    InputError, before anything is read or written.
     """
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
-    unknown = sorted(set(given) - set(BASE))
-    if unknown:
-        check_name("parameter", unknown[0], tuple(BASE))
-    preset = given.get("preset")
-    chosen = PRESETS[check_name("--preset", preset, tuple(PRESETS))].settings if preset is not None else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        check_name("parameter", name, tuple(BASE))
+    chosen = {}
+    if "preset" in given:
+        chosen = PRESETS[check_name("--preset", given["preset"], tuple(PRESETS))].settings
     settings = {**recipe.settings, **chosen, **given}
-    if "pct_start" in given and "peak_epoch" not in given:
-        settings["peak_epoch"] = None  # both place the peak: the explicit one holds
+    _give_way(settings, given)
     for check in _CHECKS:
         check(settings, given)
     return SimpleNamespace(**settings)
+
+
+def _give_way(settings, given):
+    """Drop what a preset or recipe set and an explicit flag contradicts."""
+    for explicit, other in (("pct_start", "peak_epoch"), ("clip", "clip_value"), ("clip_value", "clip"),
+                            ("mixup", "cutmix"), ("cutmix", "mixup")):  # fmt: skip
+        if explicit in given and other not in given:
+            settings[other] = None
+    if settings["sched"] != "one-cycle" and "mom_min" not in given:
+        settings["mom_min"] = None
 
 
 def _flag(name):
@@ -139,7 +153,7 @@ def _flag(name):
 class Range:
     """The numbers a parameter may take; `above` and `below` exclude the bound itself."""
 
-    low: float = -math.inf
+    low: float
     high: float = math.inf
     above: bool = False
     below: bool = False
@@ -150,44 +164,88 @@ class Range:
         return math.isfinite(value) and low_ok and high_ok
 
     def __str__(self):
-        if self.high == math.inf:
-            return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        low = f"above {self.low:g}" if self.above else f"from {self.low:g}"
-        return f"{low} {'and below' if self.below else 'to'} {self.high:g}"
+        low = f"{'above' if self.above else 'at least'} {self.low}"
+        high = "finite" if self.high == math.inf else f"{'below' if self.below else 'at most'} {self.high}"
+        return f"{low} and {high}"
 
 
-_POSITIVE, _COUNT, _NOT_NEGATIVE = Range(0, above=True), Range(1), Range(0)
+_POSITIVE, _COUNT, _NOT_NEGATIVE = Range(0, above=True), Range(1, 10**9), Range(0)
 _SHARE, _BELOW_ONE, _INSIDE = Range(0, 1), Range(0, 1, below=True), Range(0, 1, above=True, below=True)
+_SEED = Range(0, 2**32 - 1)  # as numpy takes them
 
 RANGES = dict(
     epochs=Range(1, 10_000), bs=Range(1, 65_536), lr=Range(0, 100, above=True), momentum=_BELOW_ONE,
     mom_min=_BELOW_ONE, wd=Range(0, 1), pct_start=_INSIDE, peak_epoch=_POSITIVE, div=Range(1), div_final=Range(1),
-    step_size=_COUNT, gamma=_INSIDE, plateau_patience=_COUNT, valid_pct=_INSIDE, split_seed=Range(0, 2**32 - 1),
+    step_size=_COUNT, gamma=_INSIDE, plateau_patience=Range(0, 10_000), valid_pct=_INSIDE, split_seed=_SEED,
     subset=_COUNT, patience=_COUNT, label_smoothing=_BELOW_ONE, l1=_NOT_NEGATIVE, clip=_POSITIVE,
     clip_value=_POSITIVE, mixup=_POSITIVE, cutmix=_POSITIVE, ema=_INSIDE, padding=Range(0, 31), cutout=Range(0, 32),
     n_holes=Range(1, 64), max_holes=Range(1, 64), cutout_p=_SHARE, flip=_SHARE, vflip=_SHARE, rotate=Range(0, 180),
-    n_images=Range(1, 100), n_cols=Range(1, 20), cam_alpha=_SHARE, seed=Range(0, 2**32 - 1),
+    n_images=Range(1, 100), n_cols=Range(1, 20), cam_alpha=_SHARE, seed=_SEED,
 )  # fmt: skip
 
+_YES_NO = ("yes", "no")
+CAM_METHODS = ("GradCAM", "GradCAM++", "HiResCAM", "XGradCAM", "LayerCAM", "GradCAMElementWise", "EigenGradCAM",
+               "EigenCAM", "KPCA-CAM", "FEM", "ScoreCAM", "AblationCAM")  # fmt: skip
 CHOICES = dict(
-    model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=("yes", "no"),
-    wd_bn_bias=("yes", "no"), sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, precision=PRECISIONS,
-    compile=("auto", "yes", "no"), cam_target=("predicted", "true"),
+    model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=_YES_NO,
+    wd_bn_bias=_YES_NO, sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, precision=PRECISIONS,
+    compile=("auto", *_YES_NO), cam_target=("predicted", "true"), cam_method=CAM_METHODS,
 )  # fmt: skip
+
+
+def _check_types(settings, given):
+    """On the command line argparse has seen to this; a call from a notebook may hold anything."""
+    for name, parameter in inspect.signature(parameters).parameters.items():
+        value, kind = settings[name], parameter.annotation
+        if value is not None and name != "lr":
+            settings[name] = _TYPES[kind](_flag(name), value)
+
+
+def _text(flag, value):
+    if isinstance(value, bool):  # nesterov=True
+        return "yes" if value else "no"
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{flag} {value!r}: must be text")
+    value = os.fspath(value)
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise InputError(f"{flag} {value!r}: must be printable and not empty")
+    return value
+
+
+def _whole(flag, value):
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{flag} {value!r}: must be a whole number")
+    return int(value)
+
+
+def _number(flag, value):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{flag} {value!r}: must be a number")
+    return float(value)
+
+
+def _switch(flag, value):
+    if not isinstance(value, bool):
+        raise InputError(f"{flag} {value!r}: must be True or False")
+    return value
+
+
+_TYPES = {str: _text, int: _whole, float: _number, bool: _switch}
+
+
+def _check_lr(settings, given):
+    lr = settings["lr"]
+    if isinstance(lr, str) and lr == "find":
+        return
+    try:
+        settings["lr"] = float(lr)
+    except (TypeError, ValueError):
+        raise InputError(f"--lr {lr}: neither a number nor find") from None
 
 
 def _check_names(settings, given):
     for name, known in CHOICES.items():
         check_name(_flag(name), settings[name], known)
-
-
-def _check_lr(settings, given):
-    if settings["lr"] == "find":
-        return
-    try:
-        settings["lr"] = float(settings["lr"])
-    except ValueError:
-        raise InputError(f"--lr {settings['lr']}: neither a number nor find") from None
 
 
 def _check_ranges(settings, given):
@@ -197,49 +255,64 @@ def _check_ranges(settings, given):
             raise InputError(f"{_flag(name)} {value}: must be {allowed}")
 
 
+_BELONGS = (  # what has a meaning beside one value of another parameter alone
+    ("peak_epoch", "sched", ("one-cycle",)), ("div", "sched", ("one-cycle",)), ("anneal", "sched", ("one-cycle",)),
+    ("mom_min", "sched", ("one-cycle",)), ("pct_start", "sched", ("one-cycle", "flat-cos")),
+    ("div_final", "sched", ("one-cycle", "flat-cos")), ("step_size", "sched", ("step",)),
+    ("gamma", "sched", ("step", "plateau")), ("plateau_patience", "sched", ("plateau",)),
+    ("lr_suggest", "lr", ("find",)),
+)  # fmt: skip
+
+
 def _check_together(settings, given):
+    s = SimpleNamespace(**settings)
+
     def refuse(when, message):
         if when:
             raise InputError(message)
 
-    s = SimpleNamespace(**settings)
-    refuse(s.mixup and s.cutmix, "--mixup and --cutmix: take one of them, together they do not work")
-    refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
-    if "peak_epoch" in given and "pct_start" in given:
-        raise InputError("--peak-epoch and --pct-start: both say where the peak is, take one of them")
-    refuse(s.peak_epoch and s.peak_epoch >= s.epochs,
-           f"--peak-epoch {s.peak_epoch:g}: must come before the last of {s.epochs} epochs" if s.peak_epoch else "")
-    refuse(s.max_holes and s.max_holes < s.n_holes,
-           f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})")
+    for flag, other, values in _BELONGS:
+        refuse(flag in given and settings[other] not in values,
+               f"{_flag(flag)}: goes with {_flag(other)} {' or '.join(values)}, not {settings[other]}")  # fmt: skip
+    for flag in ("n_holes", "max_holes", "cutout_p", "pad_mode"):
+        needed = "padding" if flag == "pad_mode" else "cutout"
+        refuse(flag in given and settings[needed] == 0, f"{_flag(flag)}: needs {_flag(needed)} above 0")
     refuse(s.sched == "plateau" and s.valid_pct is None,
            "--sched plateau: needs --valid-pct, as the test split may not steer a run")
     refuse(s.sched == "plateau" and s.opt in FASTAI_OPTIMIZERS,
            f"--sched plateau: works with torch's optimizers ({', '.join(TORCH_OPTIMIZERS)}), not with --opt {s.opt}")
     for flag in ("no_test", "save_best", "patience"):
         refuse(settings[flag] and s.valid_pct is None,
-               f"{_flag(flag)}: needs --valid-pct, as nothing may be chosen on the test split")
-    refuse(s.nesterov == "yes" and "nesterov" in given and s.opt != "sgd",
+               f"{_flag(flag)}: needs --valid-pct, as nothing may be chosen on the test split")  # fmt: skip
+    refuse("peak_epoch" in given and "pct_start" in given,
+           "--peak-epoch and --pct-start: both say where the peak is, take one of them")
+    if s.peak_epoch is not None:
+        refuse(s.peak_epoch >= s.epochs, f"--peak-epoch {s.peak_epoch:g}: must lie before --epochs ({s.epochs})")
+    refuse(s.mixup and s.cutmix, "--mixup and --cutmix: take one of them, together they do not work")
+    refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
+    refuse(s.max_holes is not None and s.max_holes < s.n_holes,
+           f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})")
+    refuse("nesterov" in given and s.nesterov == "yes" and s.opt != "sgd",
            f"--nesterov yes: only --opt sgd has it, not {s.opt}")
     refuse(s.nesterov == "yes" and s.opt == "sgd" and s.momentum == 0,
            "--momentum 0: Nesterov's needs one above 0, or give --nesterov no")
-    refuse(s.mom_min is not None and s.sched != "one-cycle", "--mom-min: only --sched one-cycle cycles the momentum")
     refuse(s.mom_min is not None and s.mom_min > s.momentum,
            f"--mom-min {s.mom_min}: must not be above --momentum ({s.momentum})")
-    for flag, scheds in (("peak_epoch", ("one-cycle",)), ("div", ("one-cycle",)), ("anneal", ("one-cycle",)),
-                         ("pct_start", ("one-cycle", "flat-cos")), ("div_final", ("one-cycle", "flat-cos")),
-                         ("step_size", ("step",)), ("gamma", ("step", "plateau")), ("plateau_patience", ("plateau",))):
-        refuse(flag in given and s.sched not in scheds,
-               f"{_flag(flag)}: belongs to --sched {' or '.join(scheds)}, not {s.sched}")
-    refuse("lr_suggest" in given and s.lr != "find", "--lr-suggest: goes with --lr find")
+    refuse(s.tensorboard and find_spec("tensorboard") is None,
+           "--tensorboard: the package is not installed; pip install tensorboard")
 
 
 def _check_device(settings, given):
-    device = settings["device"]
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
-        raise InputError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", settings["device"]):
+        raise InputError(f"--device {settings['device']}: give auto, cpu, cuda, cuda:N or mps")
 
 
-_CHECKS = (_check_lr, _check_names, _check_ranges, _check_together, _check_device)
+def _check_layers(settings, given):
+    layers = settings["cam_layer"]
+    if layers is not None and not all(re.fullmatch(r"\w+(\.\w+)*", name.strip()) for name in layers.split(",")):
+        raise InputError(f"--cam-layer {layers}: give names of layers, separated by commas, as layer3 or layer2,layer3")
+
+
+_CHECKS = (_check_types, _check_lr, _check_names, _check_ranges, _check_together, _check_device, _check_layers)
 
 assert set(BASE) == set(inspect.signature(parameters).parameters), "parameters and BASE name different things"

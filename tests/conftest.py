@@ -1,9 +1,13 @@
 """Tiny data and networks that the tests share."""
 
 import os
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -29,3 +33,29 @@ def tiny_images():
         mean=tuple(pixels.mean((0, 2, 3))), std=tuple(pixels.std((0, 2, 3))), fingerprint="f00d", source="made up",
         note=None,
     )  # fmt: skip
+
+
+class TinyNet(nn.Module):
+    """A network of 200 weights whose children are called as ResNet's: (B, 3, H, W) -> (B, n_classes)."""
+
+    def __init__(self, n_classes=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, stride=4, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.layer1 = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+        self.linear = nn.Linear(4, n_classes)
+
+    def forward(self, x):
+        return self.linear(self.layer1(self.bn1(self.conv1(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny_model():
+    """A `TinyNet` for the classes of `tiny_images`, always with the same weights."""
+    torch.manual_seed(0)
+    return TinyNet()
+
+
+def run_recipe(name):
+    """The names in recipes/<name>.py: RECIPE, main and what it imports."""
+    return runpy.run_path(str(Path(__file__).parent.parent / "recipes" / f"{name}.py"))

@@ -1,0 +1,148 @@
+"""The networks: sizes, names, shapes, and their arithmetic against one written out in sums of shifted images."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cifar_fastai.errors import InputError
+from cifar_fastai.models import create_model, custom_resnet, resnet18, resnet34
+
+torch.set_num_threads(1)
+SIZES = [(resnet18, 11_173_962), (resnet34, 21_282_122), (custom_resnet, 6_573_130)]
+BN = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+BLOCK = ["conv1.weight", *(f"bn1.{name}" for name in BN), "conv2.weight", *(f"bn2.{name}" for name in BN)]
+SHORTCUT = ["shortcut.0.weight", *(f"shortcut.1.{name}" for name in BN)]
+
+
+def on_paper(factory, *args):
+    """A network without memory for weights: shapes and names alone."""
+    with torch.device("meta"):
+        return factory(*args)
+
+
+def output_shapes(model, x):
+    """{child: shape of its output} in forward order."""
+    shapes = {}
+    hooks = [child.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)}))
+             for name, child in model.named_children()]  # fmt: skip
+    shapes["logits"] = tuple(model(x).shape)
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+@pytest.mark.parametrize("factory, n_parameters", SIZES)
+def test_number_of_parameters(factory, n_parameters):
+    assert sum(p.numel() for p in on_paper(factory).parameters()) == n_parameters
+
+
+@pytest.mark.parametrize("factory, n_parameters", SIZES)
+@pytest.mark.parametrize("n_classes", [2, 100])
+def test_any_number_of_classes(factory, n_parameters, n_classes):
+    model = on_paper(factory, n_classes)
+    width = model.linear.in_features + 1
+    assert sum(p.numel() for p in model.parameters()) == n_parameters + (n_classes - 10) * width
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, n_classes)
+
+
+def test_names_of_resnet18_are_those_of_pytorch_cifar():
+    expected = ["conv1.weight", *(f"bn1.{name}" for name in BN)]
+    for stage in (1, 2, 3, 4):
+        first = BLOCK + (SHORTCUT if stage > 1 else [])
+        expected += [f"layer{stage}.0.{name}" for name in first] + [f"layer{stage}.1.{name}" for name in BLOCK]
+    expected += ["linear.weight", "linear.bias"]
+    assert list(on_paper(resnet18).state_dict()) == expected
+
+
+def test_stages_of_resnet34():
+    assert [len(stage) for name, stage in on_paper(resnet34).named_children() if name[:5] == "layer"] == [3, 4, 6, 3]
+
+
+@pytest.mark.parametrize("factory", [resnet18, resnet34])
+def test_shapes_of_resnet(factory):
+    shapes = output_shapes(on_paper(factory), torch.empty(2, 3, 32, 32, device="meta"))
+    assert shapes == dict(conv1=(2, 64, 32, 32), bn1=(2, 64, 32, 32), layer1=(2, 64, 32, 32), layer2=(2, 128, 16, 16),
+                          layer3=(2, 256, 8, 8), layer4=(2, 512, 4, 4), linear=(2, 10), logits=(2, 10))  # fmt: skip
+
+
+def test_shapes_of_custom_resnet():
+    shapes = output_shapes(on_paper(custom_resnet), torch.empty(2, 3, 32, 32, device="meta"))
+    assert shapes == dict(prep=(2, 64, 32, 32), layer1=(2, 128, 16, 16), layer2=(2, 256, 8, 8), layer3=(2, 512, 4, 4),
+                          pool=(2, 512, 1, 1), linear=(2, 10), logits=(2, 10))  # fmt: skip
+
+
+def test_names_find_their_network():
+    assert sum(p.numel() for p in on_paper(create_model, "custom_resnet", 10).parameters()) == 6_573_130
+    with pytest.raises(InputError, match="--model resnet81: no such name; did you mean resnet18"):
+        create_model("resnet81")
+
+
+# --------------------------------------------------------------- the same sums, written out
+
+
+def conv(x, weight, stride=1):
+    """Convolution with half-size zero padding: the sum over taps of shifted images times weights."""
+    size, (height, width) = weight.shape[-1], x.shape[-2:]
+    padded = F.pad(x, (size // 2,) * 4)
+    taps = [(i, j) for i in range(size) for j in range(size)]
+    shifted = [padded[:, :, i : i + height : stride, j : j + width : stride] for i, j in taps]  # each (B, C, h, w)
+    weights = [weight[:, :, i, j] for i, j in taps]  # each (O, C)
+    return sum(torch.einsum("bchw,oc->bohw", *pair) for pair in zip(shifted, weights, strict=True))
+
+
+def bn(x, net):
+    scale = net.weight / (net.running_var + 1e-5).sqrt()
+    return x * scale[:, None, None] + (net.bias - net.running_mean * scale)[:, None, None]
+
+
+def relu(x):
+    return x * (x > 0)
+
+
+def max_pool(x, size):
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // size, size, w // size, size).amax((3, 5))
+
+
+def resnet_by_hand(net, x):
+    x = relu(bn(conv(x, net.conv1.weight), net.bn1))
+    for number, stage in enumerate([net.layer1, net.layer2, net.layer3, net.layer4]):
+        for place, block in enumerate(stage):
+            stride = 2 if number > 0 and place == 0 else 1
+            out = relu(bn(conv(x, block.conv1.weight, stride), block.bn1))
+            out = bn(conv(out, block.conv2.weight), block.bn2)
+            if stride == 2:
+                x = bn(conv(x, block.shortcut[0].weight, stride), block.shortcut[1])
+            x = relu(out + x)
+    return x.mean((2, 3)) @ net.linear.weight.T + net.linear.bias
+
+
+def custom_by_hand(net, x):
+    def pooled(stage, x):
+        return relu(bn(max_pool(conv(x, stage[0].weight), 2), stage[2]))
+
+    def residual(block, x):
+        out = relu(bn(conv(x, block[0].weight), block[1]))
+        return x + relu(bn(conv(out, block[3].weight), block[4]))
+
+    x = relu(bn(conv(x, net.prep[0].weight), net.prep[1]))
+    x = pooled(net.layer1, x)
+    x = residual(net.layer1[4].block, x)
+    x = pooled(net.layer2, x)
+    x = pooled(net.layer3, x)
+    x = residual(net.layer3[4].block, x)
+    return max_pool(x, 4)[:, :, 0, 0] @ net.linear.weight.T + net.linear.bias
+
+
+@pytest.mark.parametrize("factory, by_hand, size", [(resnet18, resnet_by_hand, 8), (custom_resnet, custom_by_hand, 32)])
+def test_forward_is_the_sum_it_should_be(factory, by_hand, size):
+    torch.manual_seed(0)
+    net = factory(3).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):  # fresh ones do nothing
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                value.data.uniform_(0.5, 1.5)
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), by_hand(net, x), rtol=1e-4, atol=1e-4)
