@@ -4,6 +4,7 @@ Each data set has a folder, named by the key of its source and written under ano
 there. Several processes may come at once; whoever loses a race has the images in memory anyway.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -82,8 +83,8 @@ def store(folder, key, decoded, **about):
             os.rename(home, old)
         try:
             os.rename(new, home)
-        except OSError:
-            if not home.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) and not home.is_dir():
                 raise  # else another process was faster
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -125,7 +125,7 @@ def _name(decoded, stem):
     splits = decoded.n_train, len(decoded.images) - decoded.n_train
     if decoded.classes == CIFAR10_CLASSES and splits == CIFAR10_SPLITS:
         return CIFAR10_JPEG if decoded.has_jpeg else CIFAR10
-    name = decoded.folder or stem
+    name = shown(decoded.folder) or stem
     return f"folder {name}" if name in (CIFAR10, CIFAR10_JPEG, DIGITS) else name  # only the real ones are called so
 
 

@@ -4,6 +4,8 @@ import hashlib
 import io
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -85,9 +87,10 @@ def _decode_images(source, progress):
     images = np.empty((len(files), 3, *SIZE), dtype=np.uint8)
     has_jpeg = False
     contents = source.read(files, MAX_IMAGE_BYTES)
-    for i, content in _progress(contents, len(files), "decoding images", progress):
-        images[i], is_jpeg = _decode_image(content, source.where(files[i]))
-        has_jpeg |= is_jpeg
+    with _strict_and_silent_pillow():
+        for i, content in _progress(contents, len(files), "decoding images", progress):
+            images[i], is_jpeg = _decode_image(content, source.where(files[i]))
+            has_jpeg |= is_jpeg
     return images, labels, classes, n_train, has_jpeg
 
 
@@ -145,7 +148,6 @@ def _classes_found(source):
 
 def _decode_image(content, where):
     """`(pixels, is_jpeg)`: uint8 (3, 32, 32), and what the content (not the name) says it is."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have asked for half images
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             if image.size != SIZE:
@@ -161,6 +163,19 @@ def _decode_image(content, where):
     except Exception as error:  # of a damaged file: OSError, SyntaxError, ValueError, struct.error, ...
         raise InputError(f"{where}: cannot be read as an image ({_image_cause(error)}); replace or remove it") from None
     return pixels.transpose(2, 0, 1), is_jpeg
+
+
+@contextmanager
+def _strict_and_silent_pillow():
+    """No half images, whatever another library has asked Pillow for, and no warnings between our lines."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _image_cause(error):
