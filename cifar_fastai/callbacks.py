@@ -1,12 +1,13 @@
 """What fastai lacks: an L1 penalty, clipping by value, an average of the weights, a stop at the first bad loss."""
 
-import time
+import math
 
 import torch
 from fastai.callback.core import Callback
 from torch.optim.swa_utils import AveragedModel
 
 from cifar_fastai.errors import RunError
+from cifar_fastai.recorder import Bounded
 
 __all__ = ["ClipValue", "L1Penalty", "StopOnBadLoss", "WeightAverage"]
 
@@ -87,16 +88,14 @@ class WeightAverage(Callback):
 class StopOnBadLoss(Callback):
     """Stop with a RunError when the loss is NaN or infinite, naming the first such step and its learning rate.
 
-    The first bad step is kept on the device and read at most every `seconds`, so that no step waits for it.
+    Also when it is so on the split that is evaluated, where the last step of an epoch shows.
+    The first bad step is kept on the device and read now and then, so that no step waits for it.
     """
 
     order, run_valid = 55, False
 
-    def __init__(self, seconds=2.0):
-        self.seconds = seconds
-
     def before_fit(self):
-        self.bad_step, self.last_read = None, time.monotonic()
+        self.bad_step, self.reads = None, Bounded()
 
     def after_batch(self):
         if hasattr(self.learn, "lr_finder"):
@@ -106,7 +105,7 @@ class StopOnBadLoss(Callback):
             self.bad_step = torch.full((), -1, dtype=torch.long, device=bad.device)
         step = len(self.recorder.lrs) - 1
         self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
-        if time.monotonic() - self.last_read >= self.seconds:
+        if self.reads.due(step):
             self._check()
 
     def after_train(self):
@@ -114,15 +113,21 @@ class StopOnBadLoss(Callback):
             self._check()
 
     def _check(self):
-        self.last_read = time.monotonic()
         step = -1 if self.bad_step is None else self.bad_step.item()
         if step >= 0:
             lr = float(self.recorder.lrs[step])
             n_iter = len(self.dls.train)
-            raise RunError(
-                f"the loss is not a number since step {step % n_iter + 1} of epoch {self.epoch + 1} (lr {lr:.3g}); "
-                f"try a lower --lr, --clip 1 or --precision fp32"
-            )
+            self._stop(f"the loss is not a number since step {step % n_iter + 1} of epoch {self.epoch + 1}", lr)
+
+    def after_validate(self):
+        if not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds") and self.recorder.lrs:
+            loss = self.recorder.loss.value
+            if loss is not None and not math.isfinite(loss):
+                self._stop(f"the loss on the evaluated images is not a number after epoch {self.epoch + 1}",
+                           float(self.recorder.lrs[-1]))  # fmt: skip
+
+    def _stop(self, what, lr):
+        raise RunError(f"{what} (lr {lr:.3g}); try a lower --lr, --clip 1 or --precision fp32")
 
     def __getstate__(self):
-        return {"seconds": self.seconds}
+        return {}

@@ -50,7 +50,8 @@ def explain_files(learn, files, layers, method="GradCAM", target="predicted", al
         print(f"{str(item.file):<{width}}  {_top3(item.top3)}{note}")
     x = image_batch(learn, [item.image for item in found])  # (N, 3, 32, 32)
     predicted, confidence = zip(*(item.top3[0] for item in found), strict=True)
-    heat = [gradcam(learn, x, target, name, method) for name in layers]
+    explained = [int(item.probs.argmax()) for item in found] if target == "predicted" else target
+    heat = [gradcam(learn, x, explained, name, method) for name in layers]
     return plot_gradcam(np.stack([item.image for item in found]), heat, [None] * len(found), predicted, confidence,
                         alpha=alpha, classes=found[0].classes)  # fmt: skip
 
@@ -67,7 +68,8 @@ def explain_errors(learn, layers, method="GradCAM", target="predicted", n=10, al
         top = np.argsort(-predictions.probs[position])[:3]
         top3 = [(predictions.classes[k], predictions.probs[position, k]) for k in top]
         print(f"{predictions.indices[position]:>6}  true {name:<{width}}  {_top3(top3)}")
-    explained = predictions.targets[chosen] if target == "true" else target
+    explained = {"true": predictions.targets, "predicted": predictions.predicted}.get(target)
+    explained = target if explained is None else explained[chosen]
     x = normalised(dl, chosen)
     heat = [gradcam(learn, x, explained, name, method) for name in layers]
     return plot_gradcam(pixels(dl, chosen), heat, true, predicted, predictions.confidence[chosen], alpha=alpha,

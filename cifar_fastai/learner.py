@@ -15,6 +15,7 @@ from fastai.vision import learner as vision_learner  # noqa: F401  (it teaches p
 from fastcore.foundation import L
 from torch import nn
 
+from cifar_fastai import interpret  # noqa: F401  (it gives Learner plot_misclassified and plot_gradcam)
 from cifar_fastai.models import create_model
 from cifar_fastai.names import FASTAI_OPTIMIZERS, TORCH_OPTIMIZERS, check_name
 from cifar_fastai.precision import Precision, ScaledStep, choose_precision

@@ -8,7 +8,7 @@ from fastai.learner import AvgSmoothLoss, Metric, Recorder
 from fastai.torch_core import find_bs
 from fastcore.foundation import L
 
-__all__ = ["DeviceMean", "DeviceProgress", "DeviceRecorder", "accuracy_per_image", "device_loss"]
+__all__ = ["Bounded", "DeviceMean", "DeviceProgress", "DeviceRecorder", "accuracy_per_image", "device_loss"]
 
 
 class DeviceMean(Metric):
@@ -89,19 +89,36 @@ class DeviceRecorder(Recorder):
         return L(self.train_loss) + (self.metrics if self.train_metrics else L())
 
 
-class DeviceProgress(ProgressCallback):
-    """fastai's progress bar, which reads the loss at most every `seconds` instead of at every step."""
+class Bounded:
+    """Say when a number may be read from the device: at most every `seconds`, and once in `steps` steps."""
 
-    def __init__(self, seconds=1.0):
-        self.seconds, self.last_read = seconds, 0.0
+    def __init__(self, seconds=1.0, steps=16):
+        self.seconds, self.steps = seconds, steps
+        self.last_time, self.last_step = time.monotonic(), 0
+
+    def due(self, step):
+        """Whether a number may be read at `step`, a count that grows."""
+        if step - self.last_step < self.steps or time.monotonic() - self.last_time < self.seconds:
+            return False
+        self.last_time, self.last_step = time.monotonic(), step
+        return True
+
+
+class DeviceProgress(ProgressCallback):
+    """fastai's progress bar, which reads the loss now and then instead of at every step."""
+
+    def __init__(self, seconds=1.0, steps=16):
+        self.seconds, self.steps = seconds, steps
 
     @property
     def name(self):
         return "progress"
 
+    def before_fit(self):
+        self.reads = Bounded(self.seconds, self.steps)
+        super().before_fit()
+
     def after_batch(self):
         self.pbar.update(self.iter + 1)
-        now = time.monotonic()
-        if hasattr(self, "smooth_loss") and now - self.last_read >= self.seconds:
-            self.last_read = now
+        if hasattr(self, "smooth_loss") and self.reads.due(self.train_iter):
             self.pbar.comment = f"{self.smooth_loss.item():.4f}"
