@@ -28,7 +28,7 @@ __all__ = ["BASE", "Recipe", "parameters", "resolve"]
 
 def parameters(
     data: str = None,  # auto, cifar10, digits, or a folder or archive of images
-    preset: str = None,  # Settings of a published solution, by name; explicit flags go before it
+    preset: str = None,  # Published settings: sujitojha1, amitkml, gilf641, vivek-a81 or phaninandula; flags go first
     model: str = None,  # resnet18, resnet34 or custom_resnet
     epochs: int = None,  # Passes over the train images
     bs: int = None,  # Batch size, lowered so that a small set still gives 20 steps an epoch
@@ -185,7 +185,7 @@ RANGES = dict(
 
 _YES_NO = ("yes", "no")
 CAM_METHODS = ("GradCAM", "GradCAM++", "HiResCAM", "XGradCAM", "LayerCAM", "GradCAMElementWise", "EigenGradCAM",
-               "EigenCAM", "KPCA-CAM", "FEM", "ScoreCAM", "AblationCAM")  # fmt: skip
+               "EigenCAM", "FEM", "ScoreCAM", "AblationCAM")  # fmt: skip
 CHOICES = dict(
     model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=_YES_NO,
     wd_bn_bias=_YES_NO, sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, precision=PRECISIONS,
