@@ -16,6 +16,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from cifar_fastai import interpret  # noqa: F401  (it gives Learner plot_misclassified and plot_gradcam)
+from cifar_fastai.history import History
 from cifar_fastai.models import create_model
 from cifar_fastai.names import FASTAI_OPTIMIZERS, TORCH_OPTIMIZERS, check_name
 from cifar_fastai.precision import Precision, ScaledStep, choose_precision
@@ -36,7 +37,13 @@ class NoDecayOptim(OptimWrapper):
 
 
 class CifarLearner(Learner):
-    """fastai's `Learner`; its `fit_one_cycle` knows straight lines too and gives the optimizer plain floats."""
+    """fastai's `Learner`; its `fit_one_cycle` knows straight lines too and gives the optimizer plain floats.
+
+    `settings` holds what it and its fit were made with, by the names of a recipe's parameters, and `history` what
+    training has done (see `History`).
+    """
+
+    settings = {}
 
     def fit_one_cycle(self, n_epoch, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None,
                       reset_opt=False, start_epoch=0, anneal="cos"):  # fmt: skip
@@ -50,6 +57,11 @@ class CifarLearner(Learner):
         peaks = [float(hyper["lr"]) for hyper in self.opt.hypers]
         peak = peaks[0] if len(set(peaks)) == 1 else np.array(peaks)
         moms = self.moms if moms is None else moms
+        self.settings = self.settings | dict(
+            sched="one-cycle", epochs=n_epoch, lr=max(peaks), div=div, div_final=div_final, pct_start=pct_start,
+            anneal=anneal, momentum=moms[0], mom_min=None if moms[1] == moms[0] else moms[1],
+            **({} if wd is None else {"wd": wd}),
+        )  # fmt: skip
         scheds = {"lr": one_cycle(pct_start, peak / div, peak, peak / div_final, anneal),
                   "mom": one_cycle(pct_start, *moms, anneal)}  # fmt: skip
         self.fit(n_epoch, cbs=[ParamScheduler(scheds), *L(cbs)], reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
@@ -102,9 +114,16 @@ def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom
     mixed = [] if chosen == "fp32" else [Precision(chosen)]
     if chosen == "fp16":
         mixed.append(ScaledStep())
-    return CifarLearner(
+    learn = CifarLearner(
         dls, net, loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=opt_func, splitter=splitter,
         lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=(momentum, momentum if mom_min is None else mom_min, momentum),
         metrics=[DeviceMean(accuracy_per_image, "accuracy")], path=path, default_cbs=False,
-        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DeviceProgress(), *mixed, *(cbs or [])], **kwargs,
+        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DeviceProgress(), History(), *mixed, *(cbs or [])],
+        **kwargs,
     )  # fmt: skip
+    learn.settings = getattr(dls, "settings", {}) | dict(
+        model=model if isinstance(model, str) else type(model).__name__, opt=opt, lr=lr, momentum=momentum,
+        mom_min=mom_min, nesterov="yes" if nesterov else "no", wd=wd, wd_bn_bias="yes" if wd_bn_bias else "no",
+        label_smoothing=label_smoothing, precision=chosen, sched="none",
+    )  # fmt: skip
+    return learn

@@ -183,19 +183,21 @@ def cifar_dls(images="auto", bs=128, valid_pct=None, split_seed=42, subset=None,
     """DataLoaders over CIFAR-10 or what else `images` names: an ImageSet, or what `load_images` takes.
 
     `dls.train` is shuffled and augmented (the arguments of `augmentations` set how; `flip` is the data set's own by
-    default); `dls.valid` is the test split, or with `valid_pct` a part of train. InputError for settings that do not
-    fit the data.
+    default); `dls.valid` is the test split, or with `valid_pct` a part of train. `dls.images` is the ImageSet,
+    `dls.settings` what the loaders were made with. InputError for settings that do not fit the data.
     """
     images = images if isinstance(images, ImageSet) else load_images(images)
     splits = split_rows(images, valid_pct, split_seed, subset)
     if bs > len(splits[0]):
         raise InputError(f"--bs {bs}: there are {len(splits[0])} images to train on")
-    tfms = augmentations(flip=images.flip if flip is None else flip, **augment)
+    flip = images.flip if flip is None else flip
+    tfms = augmentations(flip=flip, **augment)
     items = list(range(len(images.labels)))
     block = cifar_block(images, tfms, splits)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
     dls = block.dataloaders(items, bs=bs, val_bs=val_bs, device=device)
     dls.images = images
+    dls.settings = dict(bs=bs, valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip, **augment)
     return dls
 
 
