@@ -7,30 +7,26 @@ forbids the rest. Everything that comes from a file is escaped by the template e
 import base64
 import csv
 import hashlib
-import io
 import json
 import math
 import shlex
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib import colormaps
 from PIL import Image
 
-from cifar_fastai.config import BASE
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
+from cifar_fastai.tiles import SHEET, Tiles, data_uri, encoded, sheets, tile_rows
 
 __all__ = ["LIMIT", "Tiles", "write_report"]
 
 LIMIT = 8_000_000  # bytes of a page
 FIGURES_LIMIT = 2_500_000  # bytes of its figures
-SHEET = 8  # tiles on a side of a sprite sheet
 LOSSLESS_TILES = 2_500  # above, there is no room for lossless images: do not try
-HEAT = (colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)  # (256, 3)
+CONFIG = "recipe", "given", "parameters", "data_name", "classes", "hardware", "note"
 METRICS = ("dataset", "model", "parameters", "epochs", "seed", "device", "precision", "eval_split", "train_accuracy",
            "valid_accuracy", "valid_loss", "test_accuracy", "tta_accuracy", "tta_shift_accuracy", "class_accuracy",
            "images_per_second", "seconds")  # fmt: skip
@@ -47,50 +43,6 @@ FIGURES = (
 )
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Misclassified images in any order and, where they were computed, their heatmaps.
-
-    images: uint8 (K, H, W, 3); indices: int (K,), into the split; targets, predicted: K class names; confidence,
-    losses: float (K,); cam_predicted, cam_true: float (K, H, W) in 0..1, or None; negligible_predicted,
-    negligible_true: bool (K,), the maps that are labelled and not drawn, or None; caption: how the maps were made
-    ("GradCAM of layer3, 8 x 8 pixels"). Raises ValueError when they differ in length.
-    """
-
-    images: np.ndarray
-    indices: np.ndarray
-    targets: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    losses: np.ndarray
-    cam_predicted: np.ndarray | None = None
-    cam_true: np.ndarray | None = None
-    negligible_predicted: np.ndarray | None = None
-    negligible_true: np.ndarray | None = None
-    caption: str = ""
-
-    def __post_init__(self):
-        sizes = {name: len(values) for name, values in self._arrays()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"tiles need one value for each image: {sizes}")
-
-    def __len__(self):
-        return len(self.images)
-
-    def _arrays(self):
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "caption")
-        return [(name, np.asarray(values)) for name, values in pairs if values is not None]
-
-    def take(self, rows):
-        """The tiles of these rows (an index array, a mask or a slice)."""
-        return replace(self, **{name: values[rows] for name, values in self._arrays()})
-
-    def worst_first(self):
-        """The tiles that are errors, by falling loss."""
-        order = np.argsort(-np.nan_to_num(np.asarray(self.losses, float), nan=np.inf), kind="stable")
-        return self.take(order[np.asarray(self.targets)[order] != np.asarray(self.predicted)[order]])
-
-
 def write_report(run_dir, tiles=None):
     """Write report.html into the run folder `run_dir` and return its path.
 
@@ -100,29 +52,29 @@ def write_report(run_dir, tiles=None):
     the page says so. Raises InputError when `run_dir` is no run folder, ValueError when `tiles` disagree in length.
     """
     run_dir = Path(run_dir)
-    config = _read_json(run_dir / "config.json")
+    config = dict.fromkeys(CONFIG) | _read_json(run_dir / "config.json")
     metrics = dict.fromkeys(METRICS) | _read_json(run_dir / "metrics.json", missing={})
     history, predictions = _read_csv(run_dir / "history.csv"), _read_csv(run_dir / "predictions.csv")
-    names = *(metrics["class_accuracy"] or ()), *(row[key] for row in predictions for key in ("target", "predicted"))
-    classes = list(dict.fromkeys(names))
-    matrix = _confusion_matrix(predictions, classes)
+    parameters = config["parameters"] or {}
+    classes, matrix = _confusion_matrix(predictions, config["classes"] or metrics["class_accuracy"] or ())
     n_errors = int(matrix.sum() - matrix.trace())
     tiles = tiles.worst_first() if tiles is not None and n_errors else None
-    split = "valid" if metrics["test_accuracy"] is None else "test"
+    split = "test" if metrics["test_accuracy"] is not None else metrics["eval_split"] or "test"
     environment = _environment()
     script = Markup(environment.get_template("report.js").render())
     context = dict(
-        run=run_dir.resolve().name, metrics=metrics, history=history, classes=classes, matrix=matrix.tolist(),
-        title=f"{metrics['model'] or config.get('model') or 'A run'} on {metrics['dataset'] or 'images'}",
-        notes=_notes(config, metrics, history), split=split, split_name={"test": "test", "valid": "validation"}[split],
-        accuracy=metrics[f"{split}_accuracy"], eval_name="Validation" if metrics["eval_split"] == "valid" else "Test",
-        n_images=len(predictions), n_errors=n_errors, missed=(matrix.sum(1) - matrix.diagonal()).tolist(),
-        taken=(matrix.sum(0) - matrix.diagonal()).tolist(), charts=_charts(history, metrics["eval_split"] or "test"),
-        class_rows=_class_rows(matrix, classes), pairs=_worst_pairs(matrix), shades=_shades(matrix),
-        command=_command(config), given=config.get("given") or {}, facts=_facts(config),
-        parameters={name: config[name] for name in BASE if name in config},
-        summary=_read_text(run_dir / "summary.txt"), figures=_figures(run_dir, explorer=tiles is not None),
-        heatmaps=tiles is not None and tiles.cam_predicted is not None, sheet=SHEET, limit=LIMIT, script=script,
+        run=run_dir.resolve().name, metrics=metrics, history=history, parameters=parameters,
+        title=f"{metrics['model'] or parameters.get('model')} on {metrics['dataset'] or config['data_name']}",
+        notes=_notes(config, metrics, len(history), parameters.get("epochs")),
+        split=split, split_name={"test": "test", "valid": "validation"}[split], accuracy=metrics[f"{split}_accuracy"],
+        eval_name="Validation" if metrics["eval_split"] == "valid" else "Test", hardware=config["hardware"],
+        charts=_charts(history, metrics["eval_split"] or "test"), figures=_figures(run_dir, explorer=tiles is not None),
+        command=_command(config), given=config["given"] or {}, facts=_facts(config),
+        summary=_read_text(run_dir / "summary.txt"), n_images=len(predictions), n_errors=n_errors,
+        classes=classes, matrix=matrix.tolist(), missed=(matrix.sum(1) - matrix.diagonal()).tolist(),
+        taken=(matrix.sum(0) - matrix.diagonal()).tolist(), class_rows=_class_rows(matrix, classes),
+        pairs=_worst_pairs(matrix), shades=_shades(matrix), sheet=SHEET, limit=LIMIT,
+        heatmaps=tiles is not None and tiles.cam_predicted is not None, script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     page = _largest_page(environment.get_template("report.html"), context, tiles)
@@ -136,9 +88,8 @@ def _largest_page(template, context, tiles):
     """The page as bytes, with as many of `tiles` as LIMIT allows."""
 
     def render(tiles, lossless):
-        sheets = [] if tiles is None else _sheets(tiles, lossless)
-        return template.render(context, tiles=tiles, rows=_tile_rows(tiles, context["classes"]), sheets=sheets,
-                               lossless=lossless).encode()  # fmt: skip
+        rows, pictures = ([], []) if tiles is None else (tile_rows(tiles, context["classes"]), sheets(tiles, lossless))
+        return template.render(context, tiles=tiles, rows=rows, sheets=pictures, lossless=lossless).encode()
 
     if tiles is None or len(tiles) <= LOSSLESS_TILES:
         page = render(tiles, lossless=True)
@@ -162,7 +113,10 @@ def _read_json(path, missing=None):
     if not path.is_file() and missing is not None:
         return missing
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the folder of a run") from None
 
@@ -178,10 +132,10 @@ def _read_csv(path):
 
 def _command(config):
     """The command line that repeats the run, quoted for a shell; None when the run does not say its recipe."""
-    if not config.get("recipe"):
+    if not config["recipe"]:
         return None
     words = ["python", f"recipes/{config['recipe']}.py"]
-    for name, value in (config.get("given") or {}).items():
+    for name, value in (config["given"] or {}).items():
         if name in NOT_FLAGS or value is None or value is False:
             continue
         flag, text = "--" + name.replace("_", "-"), str(value)
@@ -189,12 +143,11 @@ def _command(config):
     return shlex.join(words)
 
 
-def _notes(config, metrics, history):
+def _notes(config, metrics, epochs, planned):
     """What a reader must know before the numbers."""
-    notes = [note for note in (config.get("note"), metrics.get("note")) if note]
-    planned = config.get("epochs")
-    if planned and len(history) < planned:
-        notes.append(f"The run ended after {len(history)} of {planned} epochs.")
+    notes = [config["note"]] if config["note"] else []
+    if planned and epochs < planned:
+        notes.append(f"The run ended after {epochs} of {planned} epochs.")
     if metrics["test_accuracy"] is None and metrics["valid_accuracy"] is None:
         notes.append("The run was not evaluated.")
     elif metrics["test_accuracy"] is None:
@@ -203,13 +156,15 @@ def _notes(config, metrics, history):
 
 
 def _facts(config):
-    """What config.json holds besides parameters, nested names joined: {"versions torch": "2.9.1", ...}."""
+    """What config.json holds besides parameters; of nested values each is a fact of its own."""
     facts = {}
     for name, value in config.items():
-        if name not in BASE and name not in ("recipe", "given", "note"):
+        if name == "versions":
+            facts |= value
+        elif name not in CONFIG or name == "data_name":
             inner = value if isinstance(value, dict) else {"": value}
-            facts |= {f"{name} {key}".strip().replace("_", " "): item for key, item in inner.items()}
-    return facts
+            facts |= {f"{name} {key}".strip(): item for key, item in inner.items()}
+    return {name.replace("_", " "): value for name, value in facts.items() if value is not None}
 
 
 def _figures(run_dir, explorer):
@@ -223,10 +178,10 @@ def _figures(run_dir, explorer):
         with Image.open(path) as image:
             if len(data) > 400_000:
                 image.thumbnail((1800, 6000))
-                data, mime = _encoded(image.convert("RGB"), "WEBP", quality=85), "image/webp"
+                data, mime = encoded(image.convert("RGB"), "WEBP", quality=85), "image/webp"
             if len(data) * 4 / 3 <= room:
                 room -= len(data) * 4 / 3
-                figures.append(dict(name=name, title=title, kind=kind, uri=_data_uri(data, mime), size=image.size))
+                figures.append(dict(name=name, title=title, kind=kind, uri=data_uri(data, mime), size=image.size))
     return figures
 
 
@@ -234,12 +189,14 @@ def _figures(run_dir, explorer):
 
 
 def _confusion_matrix(predictions, classes):
-    """int (C, C): images by true class (rows) and predicted class (columns)."""
+    """The names of the C classes and int (C, C): images by true class (rows) and predicted class (columns)."""
+    seen = (row[key] for row in predictions for key in ("target", "predicted"))
+    classes = list(dict.fromkeys([*classes, *seen]))
     ids = {name: number for number, name in enumerate(classes)}
     matrix = np.zeros((len(classes), len(classes)), int)
     for row in predictions:
         matrix[ids[row["target"]], ids[row["predicted"]]] += 1
-    return matrix
+    return classes, matrix
 
 
 def _class_rows(matrix, classes):
@@ -277,7 +234,9 @@ def _shades(matrix):
 
 
 def _charts(history, eval_split):
-    """Accuracy, loss and learning rate by epoch, in percent of a chart's box."""
+    """Accuracy and loss by epoch, in percent of a chart's box; none before there are two epochs to compare."""
+    if len(history) < 2:
+        return []
     splits = ("train", "train_"), (eval_split, "valid_")
     shown = [("Accuracy", "percent", [(name, key + "accuracy") for name, key in splits]),
              ("Loss", "number", [(name, key + "loss") for name, key in splits])]  # fmt: skip
@@ -318,60 +277,6 @@ def _chart(title, unit, lines, low, high):
         y=[(100 * k * step / (high - low), low + k * step) for k in range(round((high - low) / step) + 1)],
         x=[(x(row), row + 1) for row in range(n) if row % every == every - 1 or n <= 10],
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------- tiles
-
-
-def _sheets(tiles, lossless):
-    """Sprite sheets of SHEET x SHEET tiles as data URIs: dicts of image and, with heatmaps, predicted and true."""
-    sheets = []
-    for start in range(0, len(tiles), SHEET**2):
-        part = tiles.take(slice(start, start + SHEET**2))
-        sheet = {"image": _sheet(np.asarray(part.images), lossless)}
-        for view in ("predicted", "true"):
-            cams = getattr(part, f"cam_{view}")
-            if cams is not None:
-                heat = HEAT[(np.nan_to_num(cams).clip(0, 1) * 255).astype(np.uint8)]  # (K, H, W, 3)
-                sheet[view] = _sheet(heat, lossless=False, quality=70)
-        sheets.append(sheet)
-    return sheets
-
-
-def _sheet(images, lossless, quality=90):
-    """Lay out uint8 (K, H, W, 3) from left to right, top to bottom. JPEG with full chroma keeps neighbours apart."""
-    k, height, width, _ = images.shape
-    n_rows = math.ceil(k / SHEET)
-    cells = np.zeros((n_rows * SHEET, height, width, 3), np.uint8)
-    cells[:k] = images
-    cells = cells.reshape(n_rows, SHEET, height, width, 3).swapaxes(1, 2)  # (rows, H, SHEET, W, 3)
-    sheet = Image.fromarray(cells.reshape(n_rows * height, SHEET * width, 3))
-    if lossless:
-        return _data_uri(_encoded(sheet, "WEBP", lossless=True, quality=60, method=3), "image/webp")
-    return _data_uri(_encoded(sheet, "JPEG", quality=quality, subsampling=0), "image/jpeg")
-
-
-def _tile_rows(tiles, classes):
-    """What stands under each picture; `faint` names the heatmaps that are negligible ("p", "t" or both)."""
-    if tiles is None:
-        return []
-    ids = {name: number for number, name in enumerate(classes)}
-    faint = [np.zeros(len(tiles), bool) if flags is None else flags
-             for flags in (tiles.negligible_predicted, tiles.negligible_true)]  # fmt: skip
-    columns = tiles.indices, tiles.targets, tiles.predicted, tiles.confidence, tiles.losses, *faint
-    return [dict(index=int(index), t=ids[str(true)], p=ids[str(predicted)], confidence=float(np.nan_to_num(sure)),
-                 loss=float(np.nan_to_num(loss)), faint="p" * bool(p) + "t" * bool(t))
-            for index, true, predicted, sure, loss, p, t in zip(*columns, strict=True)]  # fmt: skip
-
-
-def _encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _data_uri(data, mime):
-    return Markup(f"data:{mime};base64,{base64.b64encode(data).decode()}")
 
 
 # ----------------------------------------------------------------------------------------------------- values as text
