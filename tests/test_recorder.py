@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fastai.learner import Recorder
+from fastai.callback.progress import ProgressCallback
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,11 +56,10 @@ def test_fewer_than_one_read_in_ten_steps(tiny_images, settings):
     assert steps == 480 and reads < steps / 10
 
 
-def test_the_counter_sees_fastais_own_reads(tiny_images):
+def test_the_counter_sees_what_fastais_own_bar_reads(tiny_images):
     learn = _learner(tiny_images)
-    learn.remove_cb(learn.recorder)
-    learn.metrics = []
-    learn.add_cb(Recorder())
+    learn.remove_cb(learn.progress)
+    learn.add_cb(ProgressCallback())
     reads, steps = _reads_in_training(learn)
     assert reads >= steps
 
