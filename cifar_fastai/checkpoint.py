@@ -8,22 +8,28 @@ random states, the loader's order, counters. Only plain values and tensors are s
 import hashlib
 import io
 import random
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import to_device
 from fastcore.foundation import L
 
+from cifar_fastai.archives import cause
 from cifar_fastai.errors import InputError
-from cifar_fastai.files import atomic_write
+from cifar_fastai.files import atomic_write, held
 
-__all__ = ["Checkpoint", "latest_unfinished", "load_checkpoint", "load_weights", "save_torch"]
+__all__ = ["Checkpoint", "latest_unfinished", "load_checkpoint", "load_weights", "random_states", "save_torch",
+           "set_random_states"]
 
-_KEYS = {"version", "epoch", "finished_epochs", "model", "opt", "random", "rows", "lrs", "moms", "train_iter",
-         "callbacks", "config", "given", "recipe", "fingerprint", "recorder", "digest"}  # fmt: skip
-VERSION = 1
+VERSION = 2
+_KINDS = dict(version=int, epoch=int, finished_epochs=bool, model=dict, opt=dict, random=dict, rows=list, lrs=list,
+              moms=list, train_iter=int, callbacks=dict, config=dict, given=dict, recipe=str, fingerprint=str,
+              digest=str)
 
 
 def plain(value):
@@ -38,10 +44,13 @@ def plain(value):
 
 
 def digest(value, state=None):
-    """A hash over every number and name in nested dicts, lists and tensors."""
+    """A hash over every number and name in nested dicts, lists and tensors. ValueError for a tensor that repeats
+    itself, which a small file could make as large as it likes."""
     top = state is None
     state = hashlib.blake2b(digest_size=16) if top else state
     if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor larger than what it holds")
         state.update(f"{value.dtype}{tuple(value.shape)}".encode())
         state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(value, dict):
@@ -86,7 +95,7 @@ class Checkpoint(Callback):
     """Write `path` at the end of every epoch; with `restore`, what `load_checkpoint` gave, go on from there.
 
     `meta`: what else to store (config, given, recipe, fingerprint). The learner's weights are put back by the caller,
-    before the fit; all else here, in front of the first step.
+    before the fit; all else here, in front of the first step. InputError for what does not fit the run.
     """
 
     order = 100
@@ -98,19 +107,18 @@ class Checkpoint(Callback):
         if self.restore is None:
             return
         saved, self.restore = self.restore, None
-        self._torch_opt.load_state_dict(saved["opt"])
-        self.learn.train_iter = saved["train_iter"]
-        for name, values in saved["recorder"].items():
-            setattr(self.recorder, name, list(values))
-        log = self.learn.run_log
-        log.rows, log.lrs, log.moms = list(saved["rows"]), list(saved["lrs"]), list(saved["moms"])
-        self._restore_callbacks(saved["callbacks"])
-        set_random_states(saved["random"], self.dls)
+        try:
+            self._restore_opt(saved["opt"])
+            self.learn.train_iter = saved["train_iter"]
+            self._restore_callbacks(saved["callbacks"])
+            set_random_states(saved["random"], self.dls)
+        except Exception as error:
+            raise InputError(f"{self.path}: does not fit this run ({cause(error)})") from None
 
     def after_epoch(self):
-        if not self.learn.run_log.rows or self.learn.run_log.rows[-1]["epoch"] != self.epoch + 1:
-            return  # an epoch that a resumed run skips
-        log, rec = self.learn.run_log, self.recorder
+        if self.learn.run_log.trained_epoch != self.epoch:
+            return  # one that a resumed run skips
+        log = self.learn.run_log
         average = getattr(self.learn, "weight_average", None)
         raw = self.model.state_dict() if average is None or average.raw is None else average.raw
         keep = getattr(self.learn, "keep_best", None)
@@ -120,7 +128,6 @@ class Checkpoint(Callback):
             "version": VERSION, "epoch": done, "finished_epochs": stopped or done == self.n_epoch,
             "model": dict(raw), "opt": plain(self._torch_opt.state_dict()), "random": random_states(self.dls),
             "rows": plain(log.rows), "lrs": log.lrs, "moms": log.moms, "train_iter": self.train_iter,
-            "recorder": {"lrs": plain(list(rec.lrs)), "losses": _floats(rec.losses), "iters": list(rec.iters)},
             "callbacks": self._callback_states(), **self.meta,
         }  # fmt: skip
         state["digest"] = digest(state)
@@ -129,6 +136,11 @@ class Checkpoint(Callback):
     @property
     def _torch_opt(self):
         return self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
+
+    def _restore_opt(self, saved):
+        if not isinstance(self.opt, OptimWrapper):  # torch's own move it themselves
+            saved = to_device(saved, self.dls.device)
+        self._torch_opt.load_state_dict(saved)
 
     def _callback_states(self):
         states, learn = {}, self.learn
@@ -156,10 +168,6 @@ class Checkpoint(Callback):
             learn.plateau.scheduler.load_state_dict(states["plateau"])
 
 
-def _floats(values):
-    return torch.stack([torch.as_tensor(v) for v in values]).tolist() if len(values) else []
-
-
 def save_torch(path, value):
     """torch.save, atomically, with an OSError on a full disk (torch's own writer turns that into something else)."""
     buffer = io.BytesIO()
@@ -170,20 +178,37 @@ def save_torch(path, value):
 
 def _load(path, what):
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # a damaged or planted file fails in more ways than torch names
-        reason = "it holds more than weights and would run code" if "Weights only" in str(error) else "it is damaged"
+        planted = "Weights only" in str(error)
+        reason = "it holds more than numbers, and might run code" if planted else "it is damaged, or something else"
         raise InputError(f"{path}: cannot be loaded as {what}; {reason}") from None
+
+
+def _check_archive(path):
+    """torch.save's files are zip archives, not compressed, with checksums that torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+            raise ValueError("compressed, or parts in each other")
+        if archive.testzip() is not None:
+            raise ValueError("a checksum differs")
 
 
 def load_checkpoint(path):
     """What `Checkpoint` wrote to `path`, on the CPU; InputError for a file that is damaged, altered or foreign."""
     state = _load(path, "a checkpoint")
-    if not isinstance(state, dict) or not _KEYS <= set(state) or state["version"] != VERSION:
+    if type(state) is not dict or {key: type(value) for key, value in state.items()} != _KINDS:
+        raise InputError(f"{path}: not a checkpoint of cifar_fastai")
+    if state["version"] != VERSION:
         raise InputError(f"{path}: not a checkpoint of this version of cifar_fastai")
-    if digest({key: value for key, value in state.items() if key != "digest"}) != state["digest"]:
+    try:
+        whole = digest({key: value for key, value in state.items() if key != "digest"}) == state["digest"]
+    except Exception:  # kinds of tensors, or of nesting, that no checkpoint has
+        whole = False
+    if whole is not True:
         raise InputError(f"{path}: altered or damaged since it was written; its checksum differs")
     return state
 
@@ -200,8 +225,13 @@ def load_weights(model, path):
 
 
 def latest_unfinished(runs="runs"):
-    """The folder of the newest run under `runs` that has a checkpoint left; InputError where there is none."""
-    found = sorted(Path(runs).glob("*/checkpoint.pth"), key=lambda path: path.stat().st_mtime)
+    """The folder of the newest run under `runs` that was interrupted: it has a checkpoint left, and no process goes on
+    with it. InputError where there is none."""
+    found = []
+    for path in Path(runs).glob("*/checkpoint.pth"):
+        with suppress(FileNotFoundError), held(path.parent) as free:  # it may end just now
+            if free:
+                found.append((path.stat().st_mtime_ns, path.parent))
     if not found:
-        raise InputError(f"--resume latest: no unfinished run under {runs}")
-    return found[-1].parent
+        raise InputError(f"--resume latest: no interrupted run under {runs}")
+    return max(found)[1]

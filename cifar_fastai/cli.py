@@ -70,6 +70,8 @@ def _one_line(error):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; what was finished before is kept"
-    first = (str(error).strip() or "no message").splitlines()[0]
+        resume = getattr(error, "resume", None)
+        return f"{where}{error.strerror}" + (f"; go on with: {resume}" if resume else "")
+    lines = (str(error).strip() or "no message").splitlines()
+    first = lines[-1].strip() if lines[0].startswith("Exception occured in") else lines[0]  # fastai's own in front
     return f"{type(error).__name__}: {first} (the traceback: --debug)"

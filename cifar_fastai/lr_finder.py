@@ -1,6 +1,5 @@
 """The learning-rate range test as numbers: fastai's `lr_find`, with everything put back as it was, whatever happens."""
 
-import random
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from fastai.callback.schedule import SuggestionMethod
 
+from cifar_fastai.checkpoint import random_states, set_random_states
 from cifar_fastai.errors import RunError
 from cifar_fastai.names import SUGGESTIONS
 
@@ -29,9 +29,7 @@ def untouched(learn):
     """Put the learner's weights, optimizer and every random state back when the block ends, also by an interrupt."""
     weights = {name: value.clone() for name, value in learn.model.state_dict().items()}
     opt = None if learn.opt is None else learn.opt.state_dict()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), learn.dls.train.rng.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    training = learn.model.training
+    states, training, loss_func = random_states(learn.dls), learn.model.training, learn.loss_func
     try:
         yield
     finally:
@@ -42,12 +40,9 @@ def untouched(learn):
         if opt is not None:
             learn.create_opt()
             learn.opt.load_state_dict(opt)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        learn.dls.train.rng.setstate(states[3])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        learn.loss_func = loss_func  # MixUp puts its own there
+        learn("after_cancel_batch")  # leaves autocast, if an interrupt came within
+        set_random_states(states, learn.dls)
 
 
 def range_test(learn, start_lr=1e-5, end_lr=10, num_it=100):

@@ -1,5 +1,6 @@
 """What a finished run leaves: its numbers, predictions, weights, pictures and page."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_results(run):
         tiles = error_tiles(learn, dl, plain, cfg)
         for name, figure in pictures.items():
             save_figure(figure, folder / f"{name}.png")
-        if cfg.tensorboard and getattr(run, "tensorboard", None):
+        if run.tensorboard:
             run.tensorboard.add_pictures(pictures)
         with atomic_write(folder / "summary.txt") as file:
             file.write(network_table(learn) + "\n")
@@ -188,12 +189,16 @@ def error_tiles(learn, dl, predictions, cfg, limit=MAX_TILES):
 def export(learn, path):
     """`Learner.export`, atomically and without this machine's paths; the file is fastai's own and can run code."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.tmp")
     old = learn.path
     try:
         learn.path = Path(".")
         learn.export(part.absolute())
         os.replace(part, path)
+    except RuntimeError as error:  # torch's writer, of a disk that is full or gone
+        if "write" not in str(error) and "directory" not in str(error):
+            raise
+        raise OSError(errno.EIO, "cannot be written, is the disk full?", str(path)) from None
     finally:
         learn.path = old
         part.unlink(missing_ok=True)

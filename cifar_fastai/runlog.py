@@ -9,11 +9,14 @@ __all__ = ["KeepBest", "RunLog", "StopWaiting"]
 
 
 class RunLog(History):
-    """A History that writes itself to `path` (history.csv) whenever a row is added, and prints the row."""
+    """A History that writes itself to `path` (history.csv) whenever a row is added, and prints the row.
+
+    `trained_epoch` tells other callbacks after an epoch whether it was trained: those that a resumed run skips are not.
+    """
 
     def __init__(self, path, eval_split="test", rows=()):
         super().__init__(rows)
-        self.path, self.eval_split = path, eval_split
+        self.path, self.eval_split, self.trained_epoch = path, eval_split, None
 
     def print_header(self):
         """Print the names of the columns."""
@@ -25,6 +28,7 @@ class RunLog(History):
         known = len(self.rows)
         super().after_epoch()
         if len(self.rows) > known:
+            self.trained_epoch = self.epoch
             self.write()
             self._print(self.rows[-1])
 

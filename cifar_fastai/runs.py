@@ -1,13 +1,13 @@
 """A run's folder: what it is called, what it holds, and a learner made from it again."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from fastai.callback.mixup import CutMix, MixUp
@@ -15,6 +15,7 @@ from fastai.callback.training import GradientClip
 
 from cifar_fastai.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
 from cifar_fastai.checkpoint import load_weights
+from cifar_fastai.config import Recipe, resolve
 from cifar_fastai.data import load_images
 from cifar_fastai.errors import InputError
 from cifar_fastai.learner import cifar_learner
@@ -30,12 +31,16 @@ def make_folder(recipe, out=None):
     """A new folder for a run: `out`, or runs/<recipe>-<date>-<time>. InputError where a run is there already."""
     if out is not None:
         folder = Path(out)
-        if (folder / "config.json").exists() or (folder / "checkpoint.pth").exists():
-            raise InputError(f"--out {out}: holds a run already; give another folder, or --resume {out}")
         try:
+            if (folder / "metrics.json").exists():
+                raise InputError(f"--out {out}: holds a finished run; give another folder")
+            if (folder / "checkpoint.pth").exists():
+                raise InputError(f"--out {out}: holds a run already; give another folder, or --resume {out}")
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {out}: cannot be made ({error.strerror or error})") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"--out {out}: cannot be written to; give another folder")
         return folder
     stamp, n = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}", 1
     while True:  # two runs may start in the same second
@@ -114,12 +119,16 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     config = read_config(folder)
     if not (Path(folder) / weights).exists():
         raise InputError(f"{folder}: no {weights} in it; is the run finished? --resume {folder} goes on with it")
-    cfg = SimpleNamespace(**config["parameters"], given=list(config["parameters"]))
+    cfg = resolve(Recipe("run", config["parameters"]), {})
+    cfg.given = list(config["parameters"])
     images = load_images(cfg.data if data is None else data)
-    if images.fingerprint != config["data_fingerprint"]:
-        raise InputError(f"{images.source}: not the images this run was trained with ({config['data_name']}); "
+    if images.fingerprint != config.get("data_fingerprint"):
+        raise InputError(f"{images.source}: not the images this run was trained with ({config.get('data_name')}); "
                          "say where those are with --data")  # fmt: skip
-    learn = learner_for(cfg, images, choose_device(device))
+    device = choose_device(device)
+    if not str(config.get("device")).startswith(device.type):  # what was chosen there may not be had here
+        cfg.precision = "auto"
+    learn = learner_for(cfg, images, device)
     load_weights(learn.model, Path(folder) / weights)
     return learn, config
 

@@ -33,6 +33,7 @@ def _handle(signum, frame):
     _pending.signum = signum
     if not _pending.in_training:
         raise Stopped(signum)
+    os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in here
 
 
 @contextmanager
@@ -56,6 +57,7 @@ class StopOnSignal(Callback):
     order = 120
 
     def before_fit(self):
+        self.after_batch()  # it may have come where Python drops exceptions, in a destructor
         _pending.in_training = True
 
     def after_batch(self):

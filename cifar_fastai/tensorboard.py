@@ -12,7 +12,11 @@ __all__ = ["TensorBoardLog"]
 
 
 class TensorBoardLog(Callback):
-    """Losses, accuracies, learning rate and momentum into `folder`: per step, written when an epoch ends."""
+    """Losses, accuracies, learning rate and momentum into `folder`: per step, written when an epoch ends.
+
+    The numbers of an epoch stand at its last step: a run that goes on hides, by their step, those of an epoch that it
+    does again.
+    """
 
     order = 75
 
@@ -22,7 +26,7 @@ class TensorBoardLog(Callback):
         except ImportError:
             raise RunError("--tensorboard: pip install tensorboard") from None
         self.folder, self._open = str(folder), SummaryWriter
-        self.writer, self.first_step = None, 0
+        self.writer = None
 
     def before_train(self):
         self.losses = []
@@ -33,7 +37,7 @@ class TensorBoardLog(Callback):
 
     def after_epoch(self):
         log = getattr(self.learn, "run_log", None)
-        if log is None or not log.rows or log.rows[-1]["epoch"] != self.epoch + 1 or not self.losses:
+        if log is None or log.trained_epoch != self.epoch:
             return
         end = len(log.lrs)
         start = end - len(self.losses)
@@ -46,7 +50,7 @@ class TensorBoardLog(Callback):
                 self.writer.add_scalar("step/momentum", log.moms[step], step)
         for name, value in log.rows[-1].items():
             if name != "epoch" and value is not None:
-                self.writer.add_scalar(f"epoch/{name}", value, self.epoch + 1)
+                self.writer.add_scalar(f"epoch/{name}", value, end - 1)
         self.writer.flush()
         self.losses = []
 

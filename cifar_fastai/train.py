@@ -1,20 +1,24 @@
 """One run from start to end: the story that every recipe tells."""
 
+import os
 import random
-import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from cifar_fastai.checkpoint import Checkpoint, latest_unfinished, load_checkpoint
+from cifar_fastai.archives import cause
+from cifar_fastai.checkpoint import Checkpoint, set_random_states
 from cifar_fastai.compiling import choose_compile, compile_model
-from cifar_fastai.config import BASE, resolve
+from cifar_fastai.config import resolve
 from cifar_fastai.data import load_images
 from cifar_fastai.errors import InputError, RunError
-from cifar_fastai.files import write_json
+from cifar_fastai.files import held, sweep, write_json
+from cifar_fastai.history import History
 from cifar_fastai.loaders import test_dl
 from cifar_fastai.lr_finder import range_test
 from cifar_fastai.outputs import write_results
@@ -22,8 +26,9 @@ from cifar_fastai.plots import plot_lr_find, save_figure
 from cifar_fastai.precision import choose_device, choose_precision
 from cifar_fastai.progress import ConsoleProgress
 from cifar_fastai.recorder import DeviceProgress
+from cifar_fastai.resume import resume_command, run_to_resume, saved_run
 from cifar_fastai.runlog import KeepBest, RunLog, StopWaiting
-from cifar_fastai.runs import describe_machine, learner_for, make_folder, versions
+from cifar_fastai.runs import learner_for, make_folder, run_config
 from cifar_fastai.schedule import fit_scheduled
 from cifar_fastai.signals import StopOnSignal, Stopped, catch_signals
 from cifar_fastai.tensorboard import TensorBoardLog
@@ -37,35 +42,40 @@ def train(recipe, given):
     Returns the run's folder. InputError for what cannot be, RunError for what went wrong, Stopped by a signal; up to
     the last finished epoch all is kept, and `--resume` goes on from there.
     """
-    with catch_signals():
-        run = _resumed(given) if given.get("resume") else _new(recipe, given)
+    with catch_signals(), ExitStack() as stack:
+        folder = None if given.get("resume") is None else run_to_resume(given["resume"])
         try:
+            run = _new(recipe, given, stack) if folder is None else _resumed(recipe, given, folder, stack)
+            folder = run.folder
             _fit(run)
             write_results(run)
-        except Stopped as stop:
-            if (run.folder / "checkpoint.pth").exists():
-                stop.resume = f"python recipes/{run.name}.py --resume {shlex.quote(str(run.folder))}"
+            (folder / "checkpoint.pth").unlink(missing_ok=True)
+        except (Stopped, OSError) as error:
+            if folder is not None and os.path.exists(folder / "checkpoint.pth"):
+                error.resume = resume_command(recipe.name, folder)
             raise
-        (run.folder / "checkpoint.pth").unlink(missing_ok=True)
-    return run.folder
+    return folder
 
 
 def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
     """The range test alone, as a picture in `--out` (lr_find.png by default) and as numbers; the RangeTest."""
     if not 0 < start_lr < end_lr < float("inf"):
-        raise InputError(f"--start-lr {start_lr:g}, --end-lr {end_lr:g}: the first must be above 0 and below the second")
+        raise InputError(f"--start-lr {start_lr:g}, --end-lr {end_lr:g}: the first must lie between 0 and the second")
     if num_it < 20:
         raise InputError(f"--num-it {num_it}: give at least 20 steps")
     out = Path(given.get("out") or "lr_find.png")
     if out.suffix != ".png" or not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
+    if given.get("resume"):
+        raise InputError("--resume: a range test takes seconds and is done anew; resume goes with the other recipes")
     cfg = resolve(recipe, {name: value for name, value in given.items() if name != "out"})
-    cfg.given = {name: value for name, value in given.items() if value not in (None, False)}
+    cfg.given = _set(given)
     with catch_signals():
         run = _prepared(recipe.name, cfg, choose_device(cfg.device))
         train = run.learn.dls.train
         print(f"{cfg.model} on {run.images.name}: {num_it} steps of {cfg.bs} of {len(train.dataset):,} train images")
-        found = range_test(run.learn, start_lr, end_lr, num_it)
+        with run.learn.no_bar():
+            found = range_test(run.learn, start_lr, end_lr, num_it)
     save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), out)
     for name, lr in found.suggestions.items():
         print(f"{name:<8} {'-' if lr is None else f'{lr:.3g}'}")
@@ -73,42 +83,42 @@ def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
     return found
 
 
-def _new(recipe, given):
+def _set(given):
+    """What was set at all; 0 is."""
+    return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def _new(recipe, given, stack):
     """A run that starts: everything is checked before its folder is made."""
     cfg = resolve(recipe, given)
-    cfg.given = {name: value for name, value in given.items() if value not in (None, False)}
+    cfg.given = _set(given)
     run = _prepared(recipe.name, cfg, choose_device(cfg.device))
     run.folder = make_folder(recipe.name, cfg.out)
+    if not stack.enter_context(held(run.folder)):
+        raise InputError(f"--out {run.folder}: another run is going on there; give another folder")
     _print_header(run)
     write_json(run.folder / "config.json", run.config)
     return run
 
 
-def _resumed(given):
+def _resumed(recipe, given, folder, stack):
     """A run that goes on from its checkpoint, with the parameters it was started with."""
-    folder = latest_unfinished() if given["resume"] == "latest" else Path(given["resume"])
-    if not folder.is_dir():
-        raise InputError(f"--resume {folder}: no such folder")
-    if not (folder / "checkpoint.pth").exists():
-        if (folder / "metrics.json").exists():
-            raise InputError(f"--resume {folder}: this run is finished")
-        raise InputError(f"--resume {folder}: holds no checkpoint.pth; no epoch was finished, start it anew")
-    saved = load_checkpoint(folder / "checkpoint.pth")
-    cfg = SimpleNamespace(**saved["config"]["parameters"])
-    for name, value in given.items():
-        if value in (None, False) or name in ("resume", "device", "debug"):
-            continue
-        if value != getattr(cfg, name) and str(value) != str(getattr(cfg, name)):
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {value}: this run has {flag} {getattr(cfg, name)}; "
-                             "beside --resume only --device may be given")  # fmt: skip
-    cfg.given = saved["given"]
+    if not stack.enter_context(held(folder)):
+        raise InputError(f"--resume {folder}: this run is going on, in another process")
+    saved, cfg = saved_run(folder, recipe.name, given)
     device = choose_device(given.get("device") or saved["config"]["device"])
-    run = _prepared(saved["recipe"], cfg, device, fingerprint=saved["fingerprint"])
-    run.folder, run.saved = folder, saved
-    run.learn.model.load_state_dict(saved["model"])
+    if not str(saved["config"]["device"]).startswith(device.type):  # what was chosen there may not be had here
+        cfg.precision = saved["given"].get("precision", "auto")
+    run = _prepared(recipe.name, cfg, device, fingerprint=saved["fingerprint"])
+    run.folder, run.saved, run.config = folder, saved, saved["config"] | run.config
+    try:
+        run.learn.model.load_state_dict(saved["model"])
+    except Exception as error:
+        raise InputError(f"{folder / 'checkpoint.pth'}: does not fit the network ({cause(error)})") from None
+    sweep(folder)
     print(f"going on with {folder} after epoch {saved['epoch']} of {cfg.epochs}", flush=True)
     _print_header(run)
+    write_json(folder / "config.json", run.config)
     return run
 
 
@@ -116,22 +126,16 @@ def _prepared(name, cfg, device, fingerprint=None):
     """Data, learner and what is decided about them, for a run called `name`."""
     precision, why_precision = choose_precision(cfg.precision, device)
     images = load_images(cfg.data)
-    if fingerprint not in (None, images.fingerprint):
-        raise InputError(f"{images.source}: the images have changed since the run began; it needs the same ones")
     if images.note:
         print(f"\n*** {images.note} ***\n", flush=True)
+    if fingerprint not in (None, images.fingerprint):
+        raise InputError(f"{images.source}: the images have changed since the run began; it needs the same ones")
     _seed(cfg.seed)
     cfg.precision = precision
     learn = learner_for(cfg, images, device)
     n_images = cfg.epochs * len(learn.dls.train) * cfg.bs
     compiled, why_compile = choose_compile(cfg.compile, device, precision, n_images)
-    parameters = {key: getattr(cfg, key) for key in BASE if key not in ("resume", "debug")}
-    config = {
-        "recipe": name, "given": cfg.given, "parameters": parameters, "data_name": images.name,
-        "data_source": images.source, "data_fingerprint": images.fingerprint, "classes": list(images.classes),
-        "train_images": len(learn.dls.train_ds), "device": str(device), "hardware": describe_machine(device),
-        "precision": precision, "eval_split": "test" if cfg.valid_pct is None else "valid", "versions": versions(),
-    }  # fmt: skip
+    config = run_config(name, cfg, images, learn)
     return SimpleNamespace(
         name=name, cfg=cfg, images=images, learn=learn, device=device, config=config, saved=None, folder=None,
         why_precision=why_precision, compiled=compiled, why_compile=why_compile, started=time.perf_counter(),
@@ -160,35 +164,69 @@ def _print_header(run):
 
 def _fit(run):
     """Train what is left to train; afterwards the model holds the weights that are evaluated."""
-    cfg, learn, saved = run.cfg, run.learn, run.saved
-    log = RunLog(run.folder / "history.csv", run.eval_split, saved["rows"] if saved else ())
-    run.log = log
+    cfg, saved = run.cfg, run.saved
+    log = run.log = RunLog(run.folder / "history.csv", run.eval_split, saved["rows"] if saved else ())
+    run.tensorboard = TensorBoardLog(run.folder / "tensorboard") if cfg.tensorboard else None
     if saved:
         log.lrs, log.moms = list(saved["lrs"]), list(saved["moms"])
+        log.write()
         if saved["finished_epochs"]:
-            learn.model.load_state_dict(saved["callbacks"].get("ema", saved)["model"])
-            log.write()
+            run.learn.model.load_state_dict(saved["callbacks"].get("ema", saved)["model"])
+            set_random_states(saved["random"], run.learn.dls)
             return
+    try:
+        _train(run)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    else:
+        return
+    fits = _fitting_bs(run)  # out here, where nothing holds the tensors of the step that failed
+    hint = f"try --bs {fits}, which fits" if fits else "not even one image fits, try --device cpu"
+    raise RunError(f"--bs {cfg.bs}: too large for the memory of {run.config['hardware']}; {hint}")
+
+
+def _train(run):
+    cfg, learn, saved = run.cfg, run.learn, run.saved
     if run.compiled:
         _compile(run)
     if cfg.lr == "find":
         _find_lr(run)
     meta = {"config": run.config, "given": cfg.given, "recipe": run.name, "fingerprint": run.images.fingerprint}
-    cbs = [log, Checkpoint(run.folder / "checkpoint.pth", meta, saved), StopOnSignal(), ConsoleProgress()]
+    cbs = [run.log, Checkpoint(run.folder / "checkpoint.pth", meta, saved), StopOnSignal(), ConsoleProgress()]
     if cfg.save_best or cfg.patience:
         cbs += [KeepBest(run.folder / "best.pth" if cfg.save_best else None, cfg.patience), StopWaiting()]
-    if cfg.tensorboard:
-        cbs.append(TensorBoardLog(run.folder / "tensorboard"))
-        run.tensorboard = cbs[-1]
-    log.print_header()
-    with learn.no_logging(), learn.removed_cbs(learn._grab_cbs(DeviceProgress)):
+    if run.tensorboard:
+        cbs.append(run.tensorboard)
+    run.log.print_header()
+    with learn.no_logging(), learn.removed_cbs(learn._grab_cbs((DeviceProgress, History))):
+        fit_scheduled(learn, cfg, cfg.lr, cbs, start_epoch=saved["epoch"] if saved else 0)
+
+
+def _is_out_of_memory(error):
+    """torch has a class for CUDA's alone; the CPU's and Apple's come as RuntimeError."""
+    words = str(error).lower()
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "out of memory" in words or "can't allocate memory" in words
+
+
+def _fitting_bs(run):
+    """The largest of a half, a quarter, ... of the batch size with which a training step fits; None if none does."""
+    learn, bs = run.learn, run.cfg.bs // 2
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.cfg.precision)
+    while bs:
+        learn._end_cleanup()
+        learn.loss_grad = None
+        learn.model.zero_grad()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
-            fit_scheduled(learn, cfg, cfg.lr, cbs, start_epoch=saved["epoch"] if saved else 0)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise RunError(f"--bs {cfg.bs}: too large for the memory of {run.config['hardware']}; "
-                           f"try --bs {max(1, cfg.bs // 2)}") from None  # fmt: skip
+            with torch.autocast(run.device.type, half, enabled=half is not None):
+                out = learn.model.train().forward(torch.zeros(bs, 3, 32, 32, device=run.device))  # (bs, classes)
+            F.cross_entropy(out.float(), torch.zeros(bs, dtype=torch.long, device=run.device)).backward()
+            return bs
+        except (MemoryError, RuntimeError):
+            bs //= 2
 
 
 def _compile(run):
@@ -203,7 +241,8 @@ def _compile(run):
 def _find_lr(run):
     """Take the learning rate from a range test, keep its picture, and write the number into config.json."""
     cfg = run.cfg
-    found = range_test(run.learn)
+    with run.learn.no_bar():  # it floods a log
+        found = range_test(run.learn)
     save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), run.folder / "lr_find.png")
     cfg.lr = found.suggestions[cfg.lr_suggest]
     if cfg.lr is None:

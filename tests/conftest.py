@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -59,3 +60,27 @@ def tiny_model():
 def run_recipe(name):
     """The names in recipes/<name>.py: RECIPE, main and what it imports."""
     return runpy.run_path(str(Path(__file__).parent.parent / "recipes" / f"{name}.py"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder of PNG files, 16 train and 6 test images for each of three classes that can hardly be told apart."""
+    root, rng = tmp_path_factory.mktemp("data") / "colours", np.random.default_rng(0)
+    for split, n in (("train", 16), ("test", 6)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for k in range(n):
+                pixels = rng.integers(0, 240, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 3
+                Image.fromarray(pixels).save(root / split / name / f"{k:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory):
+    """Starts runs of the tiny recipe as processes: see processes.py."""
+    from processes import Recipes
+
+    recipes = Recipes(tmp_path_factory.mktemp("recipes"))
+    yield recipes
+    recipes.close()
