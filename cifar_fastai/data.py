@@ -43,6 +43,12 @@ class ImageSet:
     source: str  # as a user would say it
     note: str | None = None  # what went otherwise than asked, in one line
 
+    def __repr__(self):
+        """One line, and the note where there is one: what a notebook shows."""
+        about = (f"{self.name}: {self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes, "
+                 f"from {self.source}")  # fmt: skip
+        return f"{about}\n{self.note}" if self.note else about
+
     @property
     def n_test(self):
         return len(self.images) - self.n_train

@@ -19,16 +19,19 @@ class History(Callback):
     train_loss and train_accuracy are means over the epoch as it trained, augmented images and changing weights
     included; valid_* belong to the split that is evaluated. Epochs count from 1, and go on in the next fit. Numbers
     that were not measured are None. fastai's Recorder forgets its own at every fit, and at every `get_preds` too.
+    `origin`: for a loaded run, what its config says of the machine that trained it, until training goes on here.
     """
 
     order = 65
 
     def __init__(self, rows=()):
-        self.rows, self.lrs, self.moms = list(rows), [], []
+        self.rows, self.lrs, self.moms, self.origin = list(rows), [], [], {}
         self.started = None
 
     def before_train(self):
-        self.started = None if hasattr(self.learn, "lr_finder") else time.perf_counter()
+        self.started = None
+        if not hasattr(self.learn, "lr_finder"):
+            self.started, self.origin = time.perf_counter(), {}
 
     def after_batch(self):
         if self.training and self.started is not None:

@@ -1,50 +1,100 @@
-"""Two pictures for a notebook, on any fastai Learner: `learn.plot_misclassified()` and `learn.plot_gradcam()`."""
+"""Pictures for a notebook, as methods of fastai's own classes; each returns a Figure, which a notebook shows once.
+
+`learn.plot_misclassified()`, `learn.plot_gradcam()` and `learn.plot_class_accuracy()` work on any fastai Learner,
+`learn.plot_curves()` and `learn.plot_schedule()` on one that keeps a `History`, as `cifar_learner`'s do, and
+`dls.plot_augmentations()` on DataLoaders from `cifar_dls`.
+"""
 
 import numpy as np
 import torch
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastcore.basics import patch
 
 from cifar_fastai.errors import InputError
+from cifar_fastai.galleries import plot_augmentations as draw_augmentations
 from cifar_fastai.galleries import plot_gradcam as draw_gradcam
 from cifar_fastai.galleries import plot_tiles
 from cifar_fastai.gradcam import gradcam
+from cifar_fastai.outputs import augmentation_columns
+from cifar_fastai.plots import plot_class_accuracy as draw_class_accuracy
+from cifar_fastai.plots import plot_curves as draw_curves
+from cifar_fastai.plots import plot_schedule as draw_schedule
 from cifar_fastai.predict import predict
 
 __all__ = ["split_batch"]
 
 
 @patch
-def plot_misclassified(self: Learner, n=10, dl=None, preds=None, n_cols=5):
+def plot_misclassified(self: Learner, n=10, dl=None, preds=None, n_cols=5, true=None, predicted=None):
     """A Figure of the `n` misclassified images with the worst losses, each with both classes, confidence and loss.
 
-    `dl` is by default `learn.dls.valid`; `preds`, its `Predictions`, spares the pass over it.
+    `dl` is by default `learn.dls.valid`; `preds`, its `Predictions`, spares the pass over it. `true`, `predicted`:
+    only images of this class, only those taken for that one, by name. Raises InputError for an unknown class.
     """
     dl, preds = _predicted(self, dl, preds)
-    chosen = _worst(preds, n)
+    chosen = _worst(preds, n, true, predicted)
     _, images = split_batch(self, dl, chosen)
-    title = f"{len(chosen)} of {len(preds.errors)} misclassified images, worst loss first"
+    known = len(preds.misclassified(true=true, predicted=predicted))
+    kind = (f" of {true}" if true else "") + (f" taken for {predicted}" if predicted else "")
+    title = f"{len(chosen)} of {known} misclassified images{kind}, worst loss first"
     return plot_tiles(images, *_words(preds, chosen), preds.losses[chosen], n_cols=n_cols, title=title)
 
 
 @patch
 def plot_gradcam(self: Learner, n=10, layer=None, method="GradCAM", target="predicted", dl=None, preds=None,
-                 alpha=0.5):  # fmt: skip
+                 alpha=0.5, true=None, predicted=None):  # fmt: skip
     """A Figure of heatmaps for the `n` misclassified images with the worst losses: image, heatmap, overlay.
 
     `layer`: a name, several, or None for `default_layer`. `target`: "predicted", "true", "both" side by side, a class
-    id or the name of a class. `method`: one of `gradcam.METHODS`. `dl`, `preds`: as for `plot_misclassified`.
-    Raises InputError for names that are not known and for a layer whose map is too small.
+    id or the name of a class. `method`: one of `gradcam.METHODS`. `dl`, `preds`, `true`, `predicted`: as for
+    `plot_misclassified`. Raises InputError for names that are not known and for a layer whose map is too small.
     """
     dl, preds = _predicted(self, dl, preds)
-    chosen = _worst(preds, n)
+    chosen = _worst(preds, n, true, predicted)
     x, images = split_batch(self, dl, chosen)
     ids = {"predicted": preds.predicted[chosen], "true": preds.targets[chosen]}
     targets = list(ids.values()) if target == "both" else [ids.get(target, target)]
     layers = [layer] if layer is None or isinstance(layer, str) else layer
     heatmaps = [gradcam(self, x, target, layer, method) for layer in layers for target in targets]
     return draw_gradcam(images, heatmaps, *_words(preds, chosen), alpha=alpha, classes=preds.classes)
+
+
+@patch
+def plot_class_accuracy(self: Learner, dl=None, preds=None):
+    """A Figure of the accuracy in each class, best first. `dl`, `preds`: as for `plot_misclassified`."""
+    _, preds = _predicted(self, dl, preds)
+    return draw_class_accuracy(preds.class_accuracy, preds.accuracy)
+
+
+@patch
+def plot_curves(self: Learner):
+    """A Figure of loss and accuracy by epoch, of train and of the split that is evaluated.
+
+    All epochs that the learner was trained for, in one fit or several, those of a loaded run included. Raises
+    InputError where there were none.
+    """
+    history = _history(self)
+    return draw_curves(history.rows, "test" if self.settings.get("valid_pct") is None else "valid")
+
+
+@patch
+def plot_schedule(self: Learner):
+    """A Figure of learning rate and momentum by step, in all epochs that the learner was trained for.
+
+    Raises InputError where there were none, and for a loaded run whose schedule was not one-cycle.
+    """
+    history = _history(self)
+    if not history.lrs:
+        raise InputError("a run's folder keeps no learning rates by step: look at its schedule.png")
+    return draw_schedule(history.lrs, None if None in history.moms else history.moms, len(self.dls.train))
+
+
+@patch
+def plot_augmentations(self: DataLoaders, n=6):
+    """A Figure of `n` train images as they are, after each random transform alone, and after all of them."""
+    return draw_augmentations(augmentation_columns(self, n))
 
 
 def split_batch(learn, dl, positions):
@@ -62,15 +112,22 @@ def split_batch(learn, dl, positions):
     return x, images.cpu().numpy()
 
 
+def _history(learn):
+    history = getattr(learn, "history", None)
+    if not getattr(history, "rows", None):
+        raise InputError("there is no epoch to draw: train the learner first, or load a finished run with load_run")
+    return history
+
+
 def _predicted(learn, dl, preds):
     dl = learn.dls.valid if dl is None else dl
     return dl, predict(learn, dl) if preds is None else preds
 
 
-def _worst(preds, n):
+def _worst(preds, n, true=None, predicted=None):
     if n < 1:
         raise InputError(f"n {n}: give how many images to show, at least 1")
-    return preds.misclassified(n)
+    return preds.misclassified(n, true, predicted)
 
 
 def _words(preds, chosen):

@@ -11,6 +11,7 @@ from fastai.callback.schedule import SuggestionMethod
 from cifar_fastai.checkpoint import random_states, set_random_states
 from cifar_fastai.errors import RunError
 from cifar_fastai.names import SUGGESTIONS
+from cifar_fastai.plots import plot_lr_find
 
 __all__ = ["RangeTest", "range_test", "untouched"]
 
@@ -22,6 +23,10 @@ class RangeTest:
     lrs: list
     losses: list
     suggestions: dict
+
+    def plot(self):
+        """A Figure of the loss by learning rate, the suggestions marked."""
+        return plot_lr_find(self.lrs, self.losses, self.suggestions)
 
 
 @contextmanager

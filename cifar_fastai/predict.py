@@ -47,6 +47,11 @@ class Predictions:
     def __len__(self):
         return len(self.targets)
 
+    def __repr__(self):
+        """One line: what a notebook shows."""
+        return (f"{len(self):,} images of {len(self.classes)} classes: accuracy {self.accuracy:.2%}, "
+                f"loss {self.loss:.4f}, {len(self.errors):,} misclassified")  # fmt: skip
+
     @property
     def accuracy(self):
         """The fraction of images that are classified right."""
@@ -89,9 +94,21 @@ class Predictions:
         ranked = self.top_losses()
         return ranked[(self.predicted != self.targets)[ranked]]
 
-    def misclassified(self, n=None):
-        """Positions of the `n` (all) misclassified images with the worst losses, worst first."""
-        return self.errors[:n]
+    def misclassified(self, n=None, true=None, predicted=None):
+        """Positions of the `n` (all) misclassified images with the worst losses, worst first.
+
+        `true`, `predicted`: only those of this class, taken for that one, by name. InputError for an unknown name.
+        """
+        chosen = self.errors
+        for name, ids in ((true, self.targets), (predicted, self.predicted)):
+            if name is not None:
+                chosen = chosen[ids[chosen] == self._class_id(name)]
+        return chosen[:n]
+
+    def _class_id(self, name):
+        if name not in self.classes:
+            raise InputError(f"class {name}: no such class; choose from {', '.join(self.classes)}")
+        return self.classes.index(name)
 
     def top_losses(self, k=None):
         """Positions of the `k` (all) images with the worst losses, worst first; a loss that is no number is worst."""

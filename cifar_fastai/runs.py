@@ -15,15 +15,20 @@ from fastai.callback.training import GradientClip
 
 from cifar_fastai.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
 from cifar_fastai.checkpoint import load_weights
-from cifar_fastai.config import Recipe, resolve
-from cifar_fastai.data import load_images
+from cifar_fastai.config import BASE, Recipe, resolve
+from cifar_fastai.data import ImageSet, load_images
 from cifar_fastai.errors import InputError
+from cifar_fastai.history import read_history
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.loaders import cifar_dls, default_bs, split_rows
 from cifar_fastai.precision import choose_device
+from cifar_fastai.schedule import one_cycle_steps
 
-__all__ = ["describe_machine", "learner_for", "load_run", "make_folder", "read_config", "versions"]
+__all__ = ["describe_machine", "describe_run", "learner_for", "load_run", "make_folder", "read_config", "run_config",
+           "versions"]  # fmt: skip
 
+_NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
+_OF_THE_MACHINE = ("data", "device", "out", *_NOT_KEPT)
 _AUGMENT = ("padding", "pad_mode", "vflip", "rotate", "cutout", "n_holes", "max_holes", "cutout_p")
 
 
@@ -111,17 +116,17 @@ def read_config(folder):
 
 
 def load_run(folder, device="auto", data=None, weights="model.pth"):
-    """The learner of a finished run, from its config.json and weights alone: (learn, config).
+    """The learner of a finished run, from its config.json, history.csv and weights alone: (learn, config).
 
-    learner.pkl is not touched. `data` says where the images are, if not where they were. InputError where the run is
-    not finished, the files are damaged or the images are others than it was trained with.
+    learner.pkl is not touched. `data` says where the images are, if not where they were, or is an ImageSet. InputError
+    where the run is not finished, the files are damaged or the images are others than it was trained with.
     """
     config = read_config(folder)
     if not (Path(folder) / weights).exists():
         raise InputError(f"{folder}: no {weights} in it; is the run finished? --resume {folder} goes on with it")
     cfg = resolve(Recipe("run", config["parameters"]), {})
     cfg.given = list(config["parameters"])
-    images = load_images(cfg.data if data is None else data)
+    images = data if isinstance(data, ImageSet) else load_images(cfg.data if data is None else data)
     if images.fingerprint != config.get("data_fingerprint"):
         raise InputError(f"{images.source}: not the images this run was trained with ({config.get('data_name')}); "
                          "say where those are with --data")  # fmt: skip
@@ -130,7 +135,47 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
         cfg.precision = "auto"
     learn = learner_for(cfg, images, device)
     load_weights(learn.model, Path(folder) / weights)
+    _recall(learn, Path(folder), cfg, config)
     return learn, config
+
+
+def _recall(learn, folder, cfg, config):
+    """Give `learn` the history and settings of the run in `folder`."""
+    history, n_steps = learn.history, len(learn.dls.train)
+    learn.settings = {name: value for name, value in vars(cfg).items() if name in BASE and name not in _OF_THE_MACHINE}
+    history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "versions")}
+    if (folder / "history.csv").exists():
+        history.rows.extend(read_history(folder / "history.csv"))
+    if cfg.sched == "one-cycle":
+        lrs, moms = one_cycle_steps(cfg, cfg.epochs * n_steps)
+        history.lrs.extend(lrs[: len(history.rows) * n_steps])
+        history.moms.extend(moms[: len(history.rows) * n_steps])
+
+
+def describe_run(folder):
+    """A finished run in one line: network, data, epochs, time, machine, accuracy. InputError where there is none."""
+    config = read_config(folder)
+    try:
+        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        split, seconds = "valid" if metrics["test_accuracy"] is None else "test", metrics["seconds"]
+        epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
+        took = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+        return (f"{metrics['model']} on {metrics['dataset']}: {epochs} in {took} on {config.get('hardware')}; "
+                f"{split} accuracy {metrics[f'{split}_accuracy']:.2%}")  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: its metrics.json cannot be read ({error}); is the run finished?") from None
+
+
+def run_config(recipe, cfg, images, learn):
+    """config.json of a run: every parameter of `cfg`, the data, the machine. `recipe` None: it was no recipe's."""
+    device = learn.dls.device
+    return {
+        "recipe": recipe, "given": cfg.given, "parameters": {k: getattr(cfg, k) for k in BASE if k not in _NOT_KEPT},
+        "data_name": images.name, "data_source": images.source, "data_fingerprint": images.fingerprint,
+        "classes": list(images.classes), "train_images": len(learn.dls.train_ds), "device": str(device),
+        "hardware": describe_machine(device), "precision": cfg.precision,
+        "eval_split": "test" if cfg.valid_pct is None else "valid", "versions": versions(),
+    }  # fmt: skip
 
 
 def versions():

@@ -4,7 +4,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["Pieces", "Plateau", "StepLR", "fit_scheduled", "one_cycle", "peak_fraction"]
+__all__ = ["Pieces", "Plateau", "StepLR", "fit_scheduled", "one_cycle", "one_cycle_steps", "peak_fraction"]
 
 
 class Pieces:
@@ -27,6 +27,14 @@ def one_cycle(pct, start, peak, end, anneal="cos"):
     """
     shape = SchedCos if anneal == "cos" else SchedLin
     return Pieces(pct, shape(start, peak), shape(peak, end))
+
+
+def one_cycle_steps(cfg, n_steps):
+    """Learning rate and momentum at each step of a one-cycle run of `n_steps` steps: two lists."""
+    at, low = peak_fraction(cfg), cfg.momentum if cfg.mom_min is None else cfg.mom_min
+    lr = one_cycle(at, cfg.lr / cfg.div, cfg.lr, cfg.lr / cfg.div_final, cfg.anneal)
+    mom = one_cycle(at, cfg.momentum, low, cfg.momentum, cfg.anneal)
+    return [lr(k / n_steps) for k in range(n_steps)], [mom(k / n_steps) for k in range(n_steps)]
 
 
 class StepLR:
