@@ -38,7 +38,7 @@ def _parser(main, defaults):
     parser = anno_parser(main)
     for action in parser._actions:
         if action.dest in defaults:
-            if defaults[action.dest] not in (None, False):
+            if defaults[action.dest] is not None and defaults[action.dest] is not False:
                 action.help = f"{action.help} (default: {defaults[action.dest]})"
         if action.help and action.help != "==SUPPRESS==":
             action.help = action.help.replace(" (default: False)", "")

@@ -118,7 +118,7 @@ def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom
         dls, net, loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=opt_func, splitter=splitter,
         lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=(momentum, momentum if mom_min is None else mom_min, momentum),
         metrics=[DeviceMean(accuracy_per_image, "accuracy")], path=path, default_cbs=False,
-        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DeviceProgress(), History(), *mixed, *(cbs or [])],
+        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DeviceProgress(), History(), *mixed, *L(cbs)],
         **kwargs,
     )  # fmt: skip
     learn.settings = getattr(dls, "settings", {}) | dict(

@@ -21,6 +21,7 @@ def check_name(flag, name, known):
     """Return `name` where it is among `known`; else raise InputError with the near ones."""
     if name in known:
         return name
-    near = get_close_matches(str(name).lower(), known, n=2, cutoff=0.5)
+    lower = {item.lower(): item for item in known}
+    near = [lower[item] for item in get_close_matches(str(name).lower(), lower, n=2, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
     raise InputError(f"{flag} {name}: no such name; {hint}")

@@ -23,10 +23,10 @@ from cifar_fastai.plots import (
 from cifar_fastai.predict import predict
 from cifar_fastai.report import Tiles, write_report
 
-__all__ = ["augmentation_columns", "error_tiles", "export", "network_table", "write_results"]
+__all__ = ["augmentation_columns", "check_layers", "error_tiles", "export", "network_table", "write_results"]
 
 N_VIEWS = 6  # that predict runs for these three: the image, its mirror image, both moved two ways
-MAX_TILES = 1500  # errors on the page; more would not fit its size
+MAX_TILES = 4000  # errors that are explained; the page keeps as many of the worst as fit its size
 
 
 def write_results(run):
@@ -80,7 +80,8 @@ def _print_results(run, metrics, plain, split):
     for name, accuracy in plain.class_accuracy.items():
         print(f"  {name:<16} {accuracy:>7.2%}")
     print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {metrics['epochs']} epochs)")
-    print(f"with flip TTA {metrics['tta_accuracy']:.2%}")
+    wrong = "" if run.images.flip else " (their mirror images mean something else)"
+    print(f"with flip TTA {metrics['tta_accuracy']:.2%}{wrong}")
     print(f"with flip and shift TTA {metrics['tta_shift_accuracy']:.2%}")
 
 
@@ -112,6 +113,13 @@ def _draw(run, predictions, dl, split):
 def chosen_layers(learn, cfg):
     """The layers that --cam-layer names, separated by commas, or the default one."""
     return [name.strip() for name in cfg.cam_layer.split(",")] if cfg.cam_layer else [default_layer(learn)]
+
+
+def check_layers(learn, cfg):
+    """InputError where --cam-layer names what is no layer or has too small a map: before the training, not after it."""
+    if cfg.cam_layer:
+        for layer in chosen_layers(learn, cfg):
+            gradcam(learn, torch.zeros(0, 3, 32, 32), [], layer, cfg.cam_method)
 
 
 def class_names(predictions, chosen):
@@ -177,12 +185,14 @@ def error_tiles(learn, dl, predictions, cfg, limit=MAX_TILES):
     layer, x = chosen_layers(learn, cfg)[0], normalised(dl, chosen)
     by_predicted = gradcam(learn, x, predictions.predicted[chosen], layer, cfg.cam_method)
     by_true = gradcam(learn, x, predictions.targets[chosen], layer, cfg.cam_method)
+    height, width = by_predicted.map_size
     true, predicted = class_names(predictions, chosen)
     return Tiles(
         images=pixels(dl, chosen), indices=predictions.indices[chosen], targets=true, predicted=predicted,
         confidence=predictions.confidence[chosen], losses=predictions.losses[chosen],
         cam_predicted=by_predicted.maps, cam_true=by_true.maps,
         negligible_predicted=by_predicted.negligible, negligible_true=by_true.negligible,
+        caption=f"{cfg.cam_method} of {layer}, {height} x {width} pixels",
     )  # fmt: skip
 
 

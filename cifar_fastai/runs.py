@@ -172,6 +172,7 @@ def run_config(recipe, cfg, images, learn):
     return {
         "recipe": recipe, "given": cfg.given, "parameters": {k: getattr(cfg, k) for k in BASE if k not in _NOT_KEPT},
         "data_name": images.name, "data_source": images.source, "data_fingerprint": images.fingerprint,
+        "note": images.note,
         "classes": list(images.classes), "train_images": len(learn.dls.train_ds), "device": str(device),
         "hardware": describe_machine(device), "precision": cfg.precision,
         "eval_split": "test" if cfg.valid_pct is None else "valid", "versions": versions(),

@@ -21,7 +21,7 @@ from cifar_fastai.files import held, sweep, write_json
 from cifar_fastai.history import History
 from cifar_fastai.loaders import test_dl
 from cifar_fastai.lr_finder import range_test
-from cifar_fastai.outputs import write_results
+from cifar_fastai.outputs import check_layers, write_results
 from cifar_fastai.plots import plot_lr_find, save_figure
 from cifar_fastai.precision import choose_device, choose_precision
 from cifar_fastai.progress import ConsoleProgress
@@ -133,6 +133,7 @@ def _prepared(name, cfg, device, fingerprint=None):
     _seed(cfg.seed)
     cfg.precision = precision
     learn = learner_for(cfg, images, device)
+    check_layers(learn, cfg)
     n_images = cfg.epochs * len(learn.dls.train) * cfg.bs
     compiled, why_compile = choose_compile(cfg.compile, device, precision, n_images)
     config = run_config(name, cfg, images, learn)
