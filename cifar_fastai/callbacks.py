@@ -130,4 +130,4 @@ class StopOnBadLoss(Callback):
         raise RunError(f"{what} (lr {lr:.3g}); try a lower --lr, --clip 1 or --precision fp32")
 
     def __getstate__(self):
-        return {}
+        return {**self.__dict__, "bad_step": None, "reads": None}
