@@ -58,6 +58,8 @@ class Process:
         self.recipes, self.pid, self.files, self.code = recipes, pid, files, None
 
     def wait(self, seconds=120):
+        if self.code is not None:
+            return self.code
         self.code = self.recipes.ask(wait=self.pid, seconds=seconds)
         if self.code is None:
             os.kill(self.pid, signal.SIGKILL)

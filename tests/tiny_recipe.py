@@ -4,10 +4,12 @@
     python tests/tiny_recipe.py --serve                      a process for every line of JSON that it reads
 
 Serving means that torch is imported once, and every run is a fork: a process like any other, without the seconds that
-it takes to start. `TINY_AT="step 7 KILL"` does something to the run at its 7th step; POINTS and ACTIONS name where and
-what. `TINY_KEEP=FILE` keeps the last checkpoint, which a run that is done removes; `TINY_QUICK=1` draws no pictures.
+it takes to start, and to take the interpreter down. `TINY_AT="step 7 KILL"` does something to the run at its 7th step;
+POINTS and ACTIONS name where and what. `TINY_KEEP=FILE` keeps the last checkpoint, which a run that is done removes;
+`TINY_QUICK=1` draws no pictures.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -208,4 +210,9 @@ if __name__ == "__main__":
     if "TINY_AT" in os.environ:
         where, n, what = os.environ["TINY_AT"].split()
         strike(where, int(n), ACTIONS[what])
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as end:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(end.code)
