@@ -34,7 +34,7 @@ def parameters(
     bs: int = None,  # Batch size, lowered so that a small set still gives 20 steps an epoch
     lr: str = None,  # Highest learning rate, or "find" to take it from a range test
     lr_suggest: str = None,  # The suggestion that "--lr find" takes: valley, slide, steep or minimum
-    opt: str = None,  # sgd, adam, adamw, rmsprop (torch's); radam, qhadam, larc, lamb, ranger (fastai's)
+    opt: str = None,  # sgd, adam, adamw, radam, nadam, rmsprop (torch's); qhadam, larc, lamb, ranger (fastai's)
     momentum: float = None,  # Momentum, or Adam's first beta
     mom_min: float = None,  # Momentum at the peak of a one-cycle schedule, when it is to dip there
     nesterov: str = None,  # Nesterov momentum with sgd: yes or no

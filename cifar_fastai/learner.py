@@ -25,8 +25,9 @@ from cifar_fastai.schedule import one_cycle
 
 __all__ = ["CifarLearner", "cifar_learner", "decay_groups", "optimizer_factory"]
 
-_TORCH = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam, adamw=torch.optim.AdamW, rmsprop=torch.optim.RMSprop)
-_FASTAI = dict(radam="RAdam", qhadam="QHAdam", larc="Larc", lamb="Lamb", ranger="ranger")
+_TORCH = dict(sgd="SGD", adam="Adam", adamw="AdamW", radam="RAdam", nadam="NAdam", rmsprop="RMSprop")
+_FASTAI = dict(qhadam="QHAdam", larc="Larc", lamb="Lamb", ranger="ranger")
+_FUSED = ("sgd", "adam", "adamw")  # the others are foreach
 
 
 class NoDecayOptim(OptimWrapper):
@@ -87,13 +88,14 @@ def optimizer_factory(opt="sgd", momentum=0.9, nesterov=True, wd_bn_bias=False):
     if opt in FASTAI_OPTIMIZERS:
         return partial(getattr(fastai_optimizers, _FASTAI[opt]), mom=momentum), all_params
     if opt == "sgd":
-        settings = dict(momentum=momentum, nesterov=nesterov, fused=True)
+        settings = dict(momentum=momentum, nesterov=nesterov)
     elif opt == "rmsprop":
-        settings = dict(momentum=momentum, foreach=True)
+        settings = dict(momentum=momentum)
     else:
-        settings = dict(betas=(momentum, 0.999), fused=True)
+        settings = dict(betas=(momentum, 0.999))
+    settings["fused" if opt in _FUSED else "foreach"] = True
     wrapper, splitter = (OptimWrapper, all_params) if wd_bn_bias else (NoDecayOptim, decay_groups)
-    return partial(wrapper, opt=partial(_TORCH[opt], **settings)), splitter
+    return partial(wrapper, opt=partial(getattr(torch.optim, _TORCH[opt]), **settings)), splitter
 
 
 def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom_min=None, nesterov=True, wd=5e-4,

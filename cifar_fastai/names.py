@@ -13,8 +13,8 @@ PAD_MODES = ("zeros", "reflect")
 SCHEDULES = ("one-cycle", "flat-cos", "step", "plateau", "none")
 ANNEALS = ("cos", "linear")
 SUGGESTIONS = ("valley", "slide", "steep", "minimum")
-TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")  # torch's own, foreach or fused
-FASTAI_OPTIMIZERS = ("radam", "qhadam", "larc", "lamb", "ranger")  # where torch has no equal, fastai's
+TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop")  # torch's own, fused or foreach
+FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equal, fastai's
 
 
 def check_name(flag, name, known):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,3 +80,21 @@ def test_losses_are_means_over_images(tiny_images):
     assert valid_acc == pytest.approx((out.argmax(1) == y).float().mean().item())
     assert len(y) % 4  # batches of unlike sizes, or the mean of means would do
     assert train_loss > 0 and 0 <= train_acc <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_no_step_waits_for_the_gpu(tiny_images):
+    class NoWaiting(Callback):
+        order = -100
+
+        def before_batch(self):
+            torch.cuda.set_sync_debug_mode("error" if self.training and self.train_iter > 2 else "default")
+
+        def after_train(self):
+            torch.cuda.set_sync_debug_mode("default")
+
+    dls = cifar_dls(tiny_images, bs=4, device="cuda")
+    learn = cifar_learner(dls, "resnet18", cbs=NoWaiting())
+    learn.progress.seconds = 1e9
+    with learn.no_logging():
+        learn.fit_one_cycle(1, 0.01)

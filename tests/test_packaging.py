@@ -1,0 +1,46 @@
+"""What the package says of itself: its dependencies, its public names, what importing it costs."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import cifar_fastai
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_requirements_and_package_name_the_same_dependencies():
+    lines = [line.strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    assert lines[-1] == "-e .[dev]"
+    assert sorted(lines[:-1]) == sorted(PROJECT["dependencies"])
+
+
+def test_dependencies_have_floors_and_no_pins():
+    every = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    assert all(re.fullmatch(r"[\w.-]+>=[\d.]+", line) for line in every), every
+
+
+@pytest.mark.parametrize("name", cifar_fastai.__all__)
+def test_every_public_name_is_there_whatever_was_imported_before(name):
+    import cifar_fastai.outputs  # noqa: F401  (imports most modules, whose names must hide none)
+
+    value = getattr(cifar_fastai, name)
+    assert callable(value) and value.__doc__
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, cifar_fastai; print([m for m in ('torch', 'fastai', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_star_imports_outside_notebooks():
+    for path in [*ROOT.glob("cifar_fastai/**/*.py"), *ROOT.glob("recipes/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "import *" not in text and "fastai.vision.all" not in text, path
