@@ -78,9 +78,21 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def recipes(tmp_path_factory):
-    """Starts runs of the tiny recipe as processes: see processes.py."""
-    from processes import Recipes
+    """Starts runs of the tiny recipe as processes: see tiny_runs.py."""
+    from tiny_runs import Recipes
 
     recipes = Recipes(tmp_path_factory.mktemp("recipes"))
     yield recipes
     recipes.close()
+
+
+@pytest.fixture
+def tiny(tiny_folder, monkeypatch):
+    """Runs on the tiny network in this process: see tiny_runs.py."""
+    from tiny_runs import Tiny
+
+    monkeypatch.setenv("CIFAR_FASTAI_CACHE", str(tiny_folder.parent / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Tiny(tiny_folder, monkeypatch)
+    torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Runs of the tiny recipe as processes that the tests start, signal and wait for; and what runs must have in common."""
+"""Runs on the tiny network, in this process or as processes of their own; and what two runs have in common."""
 
 import csv
 import json
@@ -10,9 +10,53 @@ import time
 from pathlib import Path
 
 import torch
+from tiny_recipe import draw_nothing, strike, use_tiny_net
 
+from cifar_fastai import train as train_module
+from cifar_fastai.checkpoint import load_checkpoint
+from cifar_fastai.config import Recipe
+from cifar_fastai.outputs import write_results
+from cifar_fastai.signals import Stopped
+from cifar_fastai.train import train
+
+RECIPE = Recipe("resnet18", dict(epochs=3, bs=8, lr=0.15, cutout=8, device="cpu", compile="no"))
 SCRIPT = Path(__file__).parent / "tiny_recipe.py"
 CLOCK = ("images_per_second", "seconds")
+
+
+class Tiny:
+    """Runs in this process, on the tiny network, without pictures."""
+
+    def __init__(self, data, monkeypatch):
+        self.data, self.patch = data, monkeypatch
+        use_tiny_net(monkeypatch.setattr)
+        draw_nothing(monkeypatch.setattr)
+
+    def train(self, folder, stop=None, **given):
+        """Train into `folder`; `stop` = (point, n) sends a SIGTERM there. The run, or None after the signal."""
+        return self._run(dict(data=str(self.data), out=str(folder), bs=8) | given, stop)
+
+    def resume(self, folder, stop=None, **given):
+        return self._run(dict(resume=str(folder)) | given, stop)
+
+    def _run(self, given, stop):
+        done = []
+
+        def write_results_too(run):
+            run.last = load_checkpoint(run.folder / "checkpoint.pth")
+            write_results(run)
+            done.append(run)
+
+        with self.patch.context() as patch:
+            patch.setattr(train_module, "write_results", write_results_too)
+            if stop:
+                strike(*stop, lambda: os.kill(os.getpid(), signal.SIGTERM), patch.setattr)
+            try:
+                train(RECIPE, given)
+            except Stopped as stopped:
+                assert stop and stopped.signum == signal.SIGTERM
+                return None
+        return done[0]
 
 
 class Recipes:
@@ -108,3 +152,9 @@ def same(one, other):
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return type(one) is type(other) and one == other
+
+
+def assert_same_state(one, other):
+    """Two checkpoints: weights, momenta, averages, counters, random states, all but the clock."""
+    for key in ("epoch", "model", "opt", "callbacks", "random", "lrs", "moms", "train_iter"):
+        assert same(one[key], other[key]), key

@@ -1,0 +1,127 @@
+"""Files that are whole or not there, and folders that one process holds."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from cifar_fastai.files import atomic_write, held, sweep, write_json
+
+
+def test_the_file_is_there_when_the_block_has_ended(tmp_path):
+    path = tmp_path / "numbers.txt"
+    with atomic_write(path) as file:
+        file.write("zwölf\n")
+        assert not path.exists()
+    assert path.read_bytes() == "zwölf\n".encode() and os.listdir(tmp_path) == ["numbers.txt"]
+    with atomic_write(path, "wb") as file:
+        file.write(b"\r\n")
+        assert path.read_text() == "zwölf\n", "whoever reads meanwhile reads the old one"
+    assert path.read_bytes() == b"\r\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError("no errno")])
+def test_a_block_that_fails_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), atomic_write(path) as file:
+        file.write("new")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
+def test_errors_of_the_disk_name_the_file_that_was_wanted(tmp_path, code):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file"):
+        raise OSError(code, os.strerror(code), "/some/temporary/name")
+    assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path / "file"))
+    assert isinstance(caught.value, PermissionError) == (code == errno.EACCES)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "gone" / "file"):
+        pass
+    assert caught.value.filename == str(tmp_path / "gone" / "file")
+
+
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_json(tmp_path / "file.json", [])
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path, seen, stop = tmp_path / "file.json", [], threading.Event()
+    write_json(path, [0] * 1000)
+
+    def read():
+        while not stop.is_set():
+            seen.append(len(set(json.loads(path.read_text()))))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for k in range(50):
+        write_json(path, [k] * 1000)
+    stop.set()
+    reader.join()
+    assert set(seen) == {1}
+
+
+def test_json_without_nan(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "file.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+HOLD = """
+import sys, time
+from cifar_fastai.files import held
+with held(sys.argv[1]) as free:
+    print(free, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_holds_a_folder_until_it_ends(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "True\n"
+    with held(tmp_path) as free:
+        assert not free
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    with held(tmp_path) as free:
+        assert free
+        with held(tmp_path) as again:
+            assert not again, "not by the same process either"
+    with held(tmp_path) as free:
+        assert free
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_folders_that_cannot_be_locked_count_as_free(tmp_path, monkeypatch, code):
+    def flock(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("cifar_fastai.files.fcntl.flock", flock)
+    with held(tmp_path) as free:
+        assert free
+    monkeypatch.setattr("cifar_fastai.files.fcntl", None)  # Windows
+    with held(tmp_path) as free:
+        assert free
+
+
+def test_sweep_takes_what_a_kill_has_left_and_no_more(tmp_path):
+    for name in (".model.pth.a1.tmp", "model.pth", ".hidden", "notes.tmp"):
+        (tmp_path / name).write_text(name)
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "model.pth", "notes.tmp"]
