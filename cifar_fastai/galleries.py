@@ -23,6 +23,7 @@ from cifar_fastai.page import (
 
 __all__ = ["plot_augmentations", "plot_gradcam", "plot_tiles"]
 
+CLASSLESS = ("EigenCAM", "FEM")  # methods that explain the activations, no class
 HEAT = {"cmap": "inferno", "vmin": 0, "vmax": 1}
 
 
@@ -182,7 +183,9 @@ def _facts(sets, true, predicted, classes):
     facts, named = [], []
     for maps in sets:
         names = [str(target) if classes is None else classes[target] for target in maps.targets]
-        if names == list(predicted):
+        if maps.method in CLASSLESS:
+            which = "whatever the class"
+        elif names == list(predicted):
             which = "for the predicted class"
         elif names == list(true):
             which = "for the true class"

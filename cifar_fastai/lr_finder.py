@@ -60,8 +60,7 @@ def range_test(learn, start_lr=1e-5, end_lr=10, num_it=100):
     with untouched(learn), tempfile.TemporaryDirectory() as folder:
         learn.model_dir = folder  # lr_find saves the model beside others otherwise
         try:
-            with learn.no_mbar():
-                learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=None, show_plot=False)
+            learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=None, show_plot=False)
             lrs = [float(lr) for lr in learn.recorder.lrs]
             losses = [float(loss) for loss in learn.recorder.losses]
         finally:

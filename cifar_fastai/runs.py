@@ -203,4 +203,5 @@ def describe_machine(device):
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads" + (", Apple GPU" if device.type == "mps" else "")
+    n = torch.get_num_threads()
+    return f"{name}, {n} thread{'s' * (n > 1)}" + (", Apple GPU" if device.type == "mps" else "")

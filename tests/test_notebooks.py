@@ -1,0 +1,167 @@
+"""The notebooks: they define nothing, import in one cell, hold no path of a machine, and run from top to end."""
+
+import ast
+import json
+import re
+import runpy
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+PATHS = re.compile(r"(?<![\w.:/<])/(home|root|tmp|usr|opt|var|mnt|work|content|private|Users)/|\b[A-Z]:\\")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+# what a test makes small: each text must stand in the notebook's code, once
+DIGITS = {'DATA = "auto"': 'DATA = "digits"'}
+SMALL = {
+    "resnet18": DIGITS | {
+        "SUBSET = None": "SUBSET = 160", "BS = 128": "BS = 16", "EPOCHS = 20": "EPOCHS = 1",
+        "valley, slide))": "valley, slide), num_it=40)", "EPOCHS, 0.15": "EPOCHS, 0.02",
+    },
+    "custom_resnet": DIGITS | {
+        "SUBSET = None": "SUBSET = 160", "BS = 512": "BS = 16", "EPOCHS = 24": "EPOCHS = 1",
+        "PEAK_EPOCH = 5": "PEAK_EPOCH = 0.25", "range_test(learn)": "range_test(learn, num_it=40)",
+    },
+    "explain": DIGITS,
+}  # fmt: skip
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tree(cell):
+    """The cell's syntax tree, magics being calls."""
+    return ast.parse(TransformerManager().transform_cell(cell.source))
+
+
+def outputs(notebook):
+    """Everything that the cells gave out, pictures left out, as text."""
+    texts = []
+    for output in (output for cell in code(notebook) for output in cell.outputs):
+        texts.append(output.get("text", ""))
+        texts.append("\n".join(output.get("traceback", ())))
+        texts += [text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join(text if isinstance(text, str) else json.dumps(text) for text in texts)
+
+
+@every_notebook
+def test_nothing_is_defined_and_one_cell_imports(path):
+    cells = code(nbformat.read(path, as_version=4))
+    assert 5 < len(cells) < 20
+    importing = []
+    for cell in cells:
+        nodes = list(ast.walk(tree(cell)))
+        assert not [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        assert not [node for node in nodes if isinstance(node, ast.Lambda)]
+        if any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes):
+            importing.append(cell)
+        else:
+            assert sum(isinstance(node, ast.Call) for node in nodes) <= 6
+    assert importing == cells[:1]
+
+
+@every_notebook
+def test_the_repository_has_one_address(path):
+    notebook = nbformat.read(path, as_version=4)
+    slug = REPOSITORY.removeprefix("https://github.com/")
+    badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
+    assert f"]({badge})" in notebook.cells[0].source
+    assert f"%pip install -q git+{REPOSITORY}\n" in code(notebook)[0].source
+    text = "\n".join(cell.source for cell in notebook.cells)
+    named = set(re.findall(r"github\.com/([\w.-]+/[\w.-]+)|/github/([\w.-]+/[\w.-]+)/blob", text))
+    assert {name for pair in named for name in pair if name} == {slug}
+
+
+@every_notebook
+def test_outputs_are_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    text = outputs(notebook)
+    assert not PATHS.search(text), PATHS.search(text)
+    assert "Warning" not in text and "Traceback" not in text
+    assert not [output for cell in code(notebook) for output in cell.outputs if output.get("name") == "stderr"]
+
+
+def test_together_they_are_small():
+    assert len(NOTEBOOKS) == 3 and sum(path.stat().st_size for path in NOTEBOOKS) < 6_000_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the notebooks run, one after the other."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+def run(name, folder):
+    """The notebook `name`, made small, as it is after a run from top to end in `folder`."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    for old, new in SMALL[name].items():
+        holders = [cell for cell in code(notebook) if old in cell.source]
+        assert len(holders) == 1 and holders[0].source.count(old) == 1, f"{name}.ipynb must hold {old!r} once"
+        holders[0].source = holders[0].source.replace(old, new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MPLBACKEND", raising=False)  # a kernel brings its own
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=":")
+        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def check(notebook, folder, pictures):
+    """No path, no warning; each cell shows what it draws once."""
+    text = outputs(notebook)
+    assert str(folder) not in text and not PATHS.search(text), PATHS.search(text)
+    assert "Warning" not in text
+    shown = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code(notebook)]
+    assert sum(shown) == pictures and max(shown) <= 3
+
+
+def parameters(folder, name):
+    """(the parameters of the run that the notebook wrote, those that its recipe sets)."""
+    config = json.loads((folder / "runs" / name / "config.json").read_text())
+    return config["parameters"], runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["RECIPE"].defaults
+
+
+@pytest.fixture(scope="module")
+def resnet18(folder):
+    return run("resnet18", folder)
+
+
+@pytest.mark.slow
+def test_resnet18(resnet18, folder):
+    check(resnet18, folder, pictures=10)
+    assert (folder / "runs" / "resnet18" / "report.html").exists()
+    found, recipe = parameters(folder, "resnet18")
+    small = "epochs", "bs", "lr"
+    assert {name: found[name] for name in recipe if name not in small} == {
+        name: value for name, value in recipe.items() if name not in small
+    }
+    assert recipe["epochs"] == 20 and recipe["bs"] == 128 and recipe["lr"] == 0.15
+
+
+@pytest.mark.slow
+def test_custom_resnet(folder):
+    notebook = run("custom_resnet", folder)
+    check(notebook, folder, pictures=7)
+    found, recipe = parameters(folder, "custom_resnet")
+    small = "epochs", "bs", "pct_start", "lr", "lr_suggest"
+    assert {name: found[name] for name in recipe if name not in small} == {
+        name: value for name, value in recipe.items() if name not in small
+    }
+    assert recipe["epochs"] == 24 and recipe["bs"] == 512 and recipe["pct_start"] == 5 / 24
+    asked = f'found.suggestions["{recipe["lr_suggest"]}"]'
+    assert any(asked in cell.source for cell in code(notebook))
+
+
+@pytest.mark.slow
+def test_explain_goes_on_from_the_run(resnet18, folder):
+    notebook = run("explain", folder)
+    check(notebook, folder, pictures=9)
+    assert "resnet18 on digits: 1 epoch in" in outputs(notebook)
