@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import run_recipe
 
 from cifar_fastai.presets import PRESETS
 
+ROOT = Path(__file__).parent.parent
 FILES = {
     "config.json", "history.csv", "metrics.json", "predictions.csv", "model.pth", "learner.pkl", "summary.txt",
     "curves.png", "schedule.png", "augmentations.png", "class_accuracy.png", "confusion_matrix.png", "top_losses.png",
@@ -45,10 +47,10 @@ def metrics_of(folder):
 def finished(tmp_path_factory):
     """One run of resnet18.py, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    command = [sys.executable, "recipes/resnet18.py", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "recipes/resnet18.py"), "--out", str(out)]
     for name, value in SHORT.items():
         command += [f"--{name}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=out.parent)  # from anywhere
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -91,7 +93,7 @@ def test_explain_reads_the_run(finished, tmp_path, capsys):
 
 
 def test_help_answers_at_once_and_shows_the_recipes_own_defaults():
-    done = subprocess.run([sys.executable, "-X", "importtime", "recipes/custom_resnet.py", "--help"],
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "recipes/custom_resnet.py"), "--help"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0 and "(default: 24)" in done.stdout and "(default: find)" in done.stdout
     assert "torch" not in done.stderr.replace("fasttransform", ""), "--help imports torch, which takes seconds"
