@@ -138,9 +138,15 @@ class Checkpoint(Callback):
         return self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
 
     def _restore_opt(self, saved):
-        if not isinstance(self.opt, OptimWrapper):  # torch's own move it themselves
-            saved = to_device(saved, self.dls.device)
-        self._torch_opt.load_state_dict(saved)
+        opt = self._torch_opt
+        if opt is self.opt:  # fastai's own, which leave tensors where they are
+            opt.load_state_dict(to_device(saved, self.dls.device))
+            return
+        ids = [k for group in saved["param_groups"] for k in group["params"]]
+        params = dict(zip(ids, (p for group in opt.param_groups for p in group["params"]), strict=True))
+        state = {k: {name: _laid_out(name, value, params[k]) for name, value in kept.items()}
+                 for k, kept in saved["state"].items()}  # fmt: skip
+        opt.load_state_dict(saved | {"state": state})
 
     def _callback_states(self):
         states, learn = {}, self.learn
@@ -168,6 +174,15 @@ class Checkpoint(Callback):
             learn.plateau.scheduler.load_state_dict(states["plateau"])
 
 
+def _laid_out(name, value, param):
+    """A tensor of an optimizer's state as `param` lies in memory: fused kernels look at no shapes and no strides."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape != (() if name == "step" else param.shape):
+        raise ValueError(f"{name} of shape {tuple(value.shape)} for weights of shape {tuple(param.shape)}")
+    return value if name == "step" else torch.empty_like(param, dtype=value.dtype).copy_(value)
+
+
 def save_torch(path, value):
     """torch.save, atomically, with an OSError on a full disk (torch's own writer turns that into something else)."""
     buffer = io.BytesIO()
@@ -191,8 +206,9 @@ def _load(path, what):
 def _check_archive(path):
     """torch.save's files are zip archives, not compressed, with checksums that torch.load does not look at."""
     with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
-            raise ValueError("compressed, or parts in each other")
+        sizes = [entry.file_size for entry in archive.infolist()]
+        if not sizes or sum(sizes) > Path(path).stat().st_size:
+            raise ValueError("empty, compressed, or parts in each other")
         if archive.testzip() is not None:
             raise ValueError("a checksum differs")
 
