@@ -1,0 +1,70 @@
+"""Every number in README's table comes from a run that is kept, and every kept run agrees with itself."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from cifar_fastai.errors import InputError
+from cifar_fastai.results import keep_result, load_results, results_table, update_readme
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/metrics.json"))
+
+
+def test_readme_shows_what_the_kept_runs_give():
+    assert RESULTS
+    assert not update_readme(ROOT / "README.md", ROOT / "recipes" / "results", check=True)
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_a_kept_runs_accuracy_is_the_one_its_predictions_have(folder):
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["target"] == row["predicted"] for row in rows) / len(rows)
+    assert right == pytest.approx(metrics["test_accuracy"], abs=1e-9)
+    with open(folder / "history.csv", encoding="utf-8", newline="") as file:
+        history = list(csv.DictReader(file))
+    assert len(history) == metrics["epochs"]
+    assert float(history[-1]["valid_accuracy"]) == pytest.approx(metrics["valid_accuracy"])
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    assert "/home" not in text and "/work" not in text and "\\\\" not in text
+
+
+def _result(seed, accuracy, epochs=20):
+    config = {"recipe": "resnet18", "given": {"data": "cifar10", "seed": seed, "no_test": True}}
+    metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, test_accuracy=accuracy,
+                   tta_accuracy=accuracy + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
+                   precision="bf16")  # fmt: skip
+    return config, metrics
+
+
+def test_the_table_has_mean_and_deviation_over_seeds():
+    table = results_table([_result(1, 0.90), _result(2, 0.92)])
+    row = table.splitlines()[2]
+    assert row == ("| CIFAR-10 | resnet18 | 20 | 2 | 91.00% ± 1.41% | 92.00% ± 1.41% | - | 1.5 min | a GPU, bf16 |")
+    assert "`python recipes/resnet18.py --data cifar10 --no-test --seed 1 | 2`" in table
+
+
+def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"recipe": "resnet18", "given": {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run"},
+              "parameters": {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run", "resume": None},
+              "data_source": "/home/ann/cifar10.tgz"}  # fmt: skip
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="only a finished run"):
+        keep_result(run, tmp_path / "results")
+    for name in ("history.csv", "metrics.json", "predictions.csv"):
+        (run / name).write_text("{}")
+    kept = keep_result(run, tmp_path / "results")
+    assert "ann" not in (kept / "config.json").read_text()
+    assert load_results(tmp_path / "results")[0][0]["given"]["data"] == "cifar10.tgz"
+
+
+def test_a_readme_without_marks_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(InputError, match="must stand in it once"):
+        update_readme(tmp_path / "README.md", tmp_path)
