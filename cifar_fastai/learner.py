@@ -108,7 +108,7 @@ def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom
     the defaults of its fits. Precision: `choose_precision`; further `kwargs` go to `Learner`. InputError for names
     that are not known.
     """
-    device = dls.device
+    device = torch.device(dls.device)  # a DataBlock takes its name as well
     net = model if isinstance(model, nn.Module) else create_model(model, len(dls.vocab))
     net = net.to(device, memory_format=torch.channels_last) if channels_last else net.to(device)
     opt_func, splitter = optimizer_factory(opt, momentum, nesterov, wd_bn_bias)
