@@ -56,13 +56,22 @@ def _run(main, given):
         print(f"\nstopped; go on with: {resume}" if resume else "\nstopped", file=sys.stderr, flush=True)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_broken_stdout()
         return 128 + 13
     except Exception as error:
         if given.get("debug"):
             raise
+        _leave_broken_stdout()
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return getattr(error, "status", 1)
+
+
+def _leave_broken_stdout():
+    """Where nothing can be printed any more, let Python not try again, and complain, at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import time
 from pathlib import Path
 
@@ -205,8 +206,8 @@ def export(learn, path):
         learn.path = Path(".")
         learn.export(part.absolute())
         os.replace(part, path)
-    except RuntimeError as error:  # torch's writer, of a disk that is full or gone
-        if "write" not in str(error) and "directory" not in str(error):
+    except RuntimeError as error:
+        if not re.search("inline_container|[Ww]rit|irectory", str(error)):  # torch's writer, of a full or vanished disk
             raise
         raise OSError(errno.EIO, "cannot be written, is the disk full?", str(path)) from None
     finally:

@@ -74,7 +74,7 @@ def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
         run = _prepared(recipe.name, cfg, choose_device(cfg.device))
         train = run.learn.dls.train
         print(f"{cfg.model} on {run.images.name}: {num_it} steps of {cfg.bs} of {len(train.dataset):,} train images")
-        with run.learn.no_bar():
+        with _bare(run.learn):
             found = range_test(run.learn, start_lr, end_lr, num_it)
     save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), out)
     for name, lr in found.suggestions.items():
@@ -191,17 +191,22 @@ def _train(run):
     cfg, learn, saved = run.cfg, run.learn, run.saved
     if run.compiled:
         _compile(run)
-    if cfg.lr == "find":
-        _find_lr(run)
     meta = {"config": run.config, "given": cfg.given, "recipe": run.name, "fingerprint": run.images.fingerprint}
     cbs = [run.log, Checkpoint(run.folder / "checkpoint.pth", meta, saved), StopOnSignal(), ConsoleProgress()]
     if cfg.save_best or cfg.patience:
         cbs += [KeepBest(run.folder / "best.pth" if cfg.save_best else None, cfg.patience), StopWaiting()]
     if run.tensorboard:
         cbs.append(run.tensorboard)
-    run.log.print_header()
-    with learn.no_logging(), learn.removed_cbs(learn._grab_cbs((DeviceProgress, History))):
+    with learn.no_logging(), _bare(learn):
+        if cfg.lr == "find":
+            _find_lr(run)
+        run.log.print_header()
         fit_scheduled(learn, cfg, cfg.lr, cbs, start_epoch=saved["epoch"] if saved else 0)
+
+
+def _bare(learn):
+    """Without what notebooks see. The bar floods a log, and fastai's own `no_bar` puts another one in its place."""
+    return learn.removed_cbs(learn._grab_cbs((DeviceProgress, History)))
 
 
 def _is_out_of_memory(error):
@@ -242,8 +247,7 @@ def _compile(run):
 def _find_lr(run):
     """Take the learning rate from a range test, keep its picture, and write the number into config.json."""
     cfg = run.cfg
-    with run.learn.no_bar():  # it floods a log
-        found = range_test(run.learn)
+    found = range_test(run.learn)
     save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), run.folder / "lr_find.png")
     cfg.lr = found.suggestions[cfg.lr_suggest]
     if cfg.lr is None:

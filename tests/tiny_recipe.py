@@ -6,12 +6,14 @@
 Serving means that torch is imported once, and every run is a fork: a process like any other, without the seconds that
 it takes to start, and to take the interpreter down. `TINY_AT="step 7 KILL"` does something to the run at its 7th step;
 POINTS and ACTIONS name where and what. `TINY_KEEP=FILE` keeps the last checkpoint, which a run that is done removes;
-`TINY_QUICK=1` draws no pictures.
+`TINY_QUICK=1` draws no pictures; `TINY_SECOND` is what the clock says to those that name folders by it, `TINY_LIMIT` a
+limit to the size of files.
 """
 
 import atexit
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -25,7 +27,7 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from cifar_fastai import checkpoint, models, outputs, runlog, train
+from cifar_fastai import checkpoint, models, outputs, runlog, runs, tensorboard, train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "resnet18.py"
 
@@ -70,6 +72,7 @@ POINTS = {
     "step": (Learner, "_do_grad_opt"),
     "validate": (Learner, "_do_epoch_validate"),
     "history": (runlog.RunLog, "write"),
+    "tensorboard": (tensorboard.TensorBoardLog, "after_epoch"),
     "checkpoint": (checkpoint.Checkpoint, "after_epoch"),
     "results": (train, "write_results"),
     "export": (outputs, "export"),
@@ -146,15 +149,18 @@ def _out_of_memory():
 
 
 def _wait():
-    """Say that the point is reached, and wait for what the test does."""
-    Path(os.environ["TINY_READY"]).touch()
-    time.sleep(60)
+    """Say that the point is reached by a file, and wait until the test takes it away."""
+    ready, until = Path(os.environ["TINY_READY"]), time.monotonic() + 60
+    ready.touch()
+    while ready.exists() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 ACTIONS = {
     "KILL": _signals("KILL"), "INT": _signals("INT"), "TERM": _signals("TERM"), "TWICE": _signals("INT", "INT"),
     "FILL": _fill, "OOM": _out_of_memory, "WAIT": _wait,
     "VANISH": lambda: shutil.rmtree(os.environ["TINY_DISK"]),
+    "UNCACHE": lambda: shutil.rmtree(os.environ["CIFAR_FASTAI_CACHE"]),
     "READONLY": lambda: os.system(f"mount -o remount,ro {os.environ['TINY_DISK']}"),
 }  # fmt: skip
 
@@ -207,6 +213,10 @@ if __name__ == "__main__":
         draw_nothing()
     if "TINY_KEEP" in os.environ:
         _keep(os.environ["TINY_KEEP"])
+    if "TINY_SECOND" in os.environ:  # every run starts in this one
+        runs.time = SimpleNamespace(strftime=lambda form: os.environ["TINY_SECOND"])
+    if "TINY_LIMIT" in os.environ:  # bytes that a file may have
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["TINY_LIMIT"]),) * 2)
     if "TINY_AT" in os.environ:
         where, n, what = os.environ["TINY_AT"].split()
         strike(where, int(n), ACTIONS[what])

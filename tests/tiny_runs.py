@@ -76,10 +76,11 @@ class Recipes:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, args, cwd, **env):
+    def start(self, args, cwd, stdout=None, **env):
         """Start a run in the folder `cwd`; `env` are variables such as TINY_AT."""
         self.n += 1
         files = {name: str(self.folder / f"{self.n}.{name}") for name in ("stdout", "stderr")}
+        files["stdout"] = stdout or files["stdout"]
         args, env = [str(arg) for arg in args], {name: str(value) for name, value in env.items()}
         return Process(self, self.ask(args=args, cwd=str(cwd), env=env, **files), files)
 
