@@ -46,7 +46,7 @@ class ImageSet:
     def __repr__(self):
         """One line, and the note where there is one: what a notebook shows."""
         about = (f"{self.name}: {self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes, "
-                 f"from {self.source}")  # fmt: skip
+                 f"from {Path(self.source).name}")  # fmt: skip
         return f"{about}\n{self.note}" if self.note else about
 
     @property

@@ -1,6 +1,7 @@
 """What a notebook needs of a learner: its history, its pictures, its run's folder."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,6 +149,7 @@ def test_errors_of_one_class(learn, tiny_images):
 
 
 def test_one_line_each(learn, tiny_images):
+    assert repr(replace(tiny_images, source="/home/me/c.tgz")).endswith("of 3 classes, from c.tgz")
     assert repr(tiny_images) == "tiny: 48 train and 18 test images of 3 classes, from made up"
     assert repr(load_images("digits")).startswith("digits: 1,437 train and 360 test images of 10 classes")
     assert repr(predict(learn)).startswith("18 images of 3 classes: accuracy ")
