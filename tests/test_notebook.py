@@ -48,7 +48,9 @@ def test_the_history_is_what_fastai_recorded(learn):
     recorded = [list(row) for row in learn.recorder.values]
     names = "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"
     assert [[row[name] for name in names] for row in learn.history.rows] == recorded
-    assert recorded[0][1] != recorded[0][3]  # train accuracy is not the test split's
+    right = learn.history.rows[0]["train_accuracy"] * 48  # of the 48 train images, not of the 18 test images
+    assert right == pytest.approx(round(right))
+    assert recorded[0][0] != recorded[0][2]  # nor is train's loss test's
     assert learn.history.lrs == [float(lr) for lr in learn.recorder.lrs] and len(learn.history.moms) == 12
 
 
