@@ -121,8 +121,8 @@ def test_signals_at_random_moments(recipes, whole, tiny_folder, tmp_path, name, 
     """From outside, at any time after the start, with pictures and page."""
     out, moments = tmp_path / "run", random.Random(seed)
     process = recipes.start(arguments(tiny_folder, out), tmp_path)
-    wait_for(lambda: "files:" in process.out)
     for _ in range(4):
+        wait_for(lambda process=process: "files:" in process.out)  # it has begun
         time.sleep(moments.uniform(0, 1.5))
         process.kill(name)
         if process.wait() == 0:

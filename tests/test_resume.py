@@ -6,7 +6,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +21,10 @@ from cifar_fastai.checkpoint import load_checkpoint
 from cifar_fastai.config import Recipe
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import held
+from cifar_fastai.history import read_history
 from cifar_fastai.train import train
 
+RECIPE = Path(__file__).parent.parent / "recipes" / "resnet18.py"
 STEPS = 6  # an epoch, of 48 images
 
 
@@ -202,8 +207,10 @@ def test_tensorboard_counts_on(tiny, tmp_path):
         tiny.train(whole, tensorboard=True, **given)
         tiny.train(parts, stop=("history", 2), tensorboard=True, **given)
         saved = (parts / "checkpoint.pth").read_bytes()
+        time.sleep(1.1)  # TensorBoard reads its files in the order of their names, which hold the second
         tiny.resume(parts, stop=("history", 2))  # as if killed when TensorBoard had an epoch's numbers, ...
         (parts / "checkpoint.pth").write_bytes(saved)  # ... and the checkpoint did not
+        time.sleep(1.1)
         tiny.resume(parts)
         assert scalars(whole) == scalars(parts)
         steps = given["epochs"] * (1 if n else STEPS)
@@ -305,3 +312,37 @@ def test_killed_at_random_moments(recipes, whole, tiny_folder, tmp_path, more, s
     else:
         assert process.wait() == 0, process.err
     assert_same_folders(reference, out)
+
+
+@pytest.mark.slow
+def test_the_real_recipe_killed_five_times(tmp_path):
+    """ResNet18 on a part of CIFAR-10, where CIFAR10_PATH says that it is, else of the digits; minutes of work."""
+    data, share = (os.environ["CIFAR10_PATH"], 0.004) if "CIFAR10_PATH" in os.environ else ("digits", 0.15)
+    args = ["--data", data, "--subset", 200, "--epochs", 3, "--valid-pct", share, "--no-test", "--ema", 0.9]
+    env, moments = os.environ | {"CIFAR_FASTAI_CACHE": str(tmp_path / "cache")}, random.Random(0)
+
+    def start(*args):
+        """The process, once it trains: then config.json is written."""
+        out, began = args[-1], time.time()
+        command = [sys.executable, RECIPE, *map(str, args)]
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for(lambda: (out / "config.json").exists() and (out / "config.json").stat().st_mtime > began, 600)
+        return process
+
+    def finish(process):
+        assert process.communicate() == (None, b"") and process.returncode == 0
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start(*args, "--out", whole))
+    seconds = sum(row["seconds"] for row in read_history(whole / "history.csv"))
+    process = start(*args, "--out", parts)
+    wait_for((parts / "checkpoint.pth").exists, 600)
+    for _ in range(5):
+        time.sleep(moments.uniform(0, seconds / 3))
+        process.kill()
+        process.communicate()
+        process = start("--resume", parts)
+    finish(process)
+    assert history(whole) == history(parts) and metrics(whole) == metrics(parts)
+    weights = [torch.load(folder / "model.pth", weights_only=True) for folder in (whole, parts)]
+    assert same(*map(dict, weights))

@@ -81,6 +81,8 @@ class Recipes:
         self.n += 1
         files = {name: str(self.folder / f"{self.n}.{name}") for name in ("stdout", "stderr")}
         files["stdout"] = stdout or files["stdout"]
+        for file in files.values():
+            open(file, "a").close()
         args, env = [str(arg) for arg in args], {name: str(value) for name, value in env.items()}
         return Process(self, self.ask(args=args, cwd=str(cwd), env=env, **files), files)
 
