@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fastai.callback.core import Callback
 
@@ -33,7 +33,8 @@ def _handle(signum, frame):
     _pending.signum = signum
     if not _pending.in_training:
         raise Stopped(signum)
-    os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in here
+    with suppress(OSError):
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in here
 
 
 @contextmanager

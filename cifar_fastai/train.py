@@ -69,7 +69,7 @@ def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
     if given.get("resume"):
         raise InputError("--resume: a range test takes seconds and is done anew; resume goes with the other recipes")
     cfg = resolve(recipe, {name: value for name, value in given.items() if name != "out"})
-    cfg.given = _set(given)
+    cfg.given = _given(cfg, given)
     with catch_signals():
         run = _prepared(recipe.name, cfg, choose_device(cfg.device))
         train = run.learn.dls.train
@@ -83,15 +83,15 @@ def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
     return found
 
 
-def _set(given):
-    """What was set at all; 0 is."""
-    return {name: value for name, value in given.items() if value is not None and value is not False}
+def _given(cfg, given):
+    """The resolved values of what was set at all; 0 is."""
+    return {name: getattr(cfg, name) for name, value in given.items() if value is not None and value is not False}
 
 
 def _new(recipe, given, stack):
     """A run that starts: everything is checked before its folder is made."""
     cfg = resolve(recipe, given)
-    cfg.given = _set(given)
+    cfg.given = _given(cfg, given)
     run = _prepared(recipe.name, cfg, choose_device(cfg.device))
     run.folder = make_folder(recipe.name, cfg.out)
     if not stack.enter_context(held(run.folder)):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_recipe import TinyNet
-from tiny_runs import same
+from tiny_runs import Planted, same
 
 import cifar_fastai
 from cifar_fastai.checkpoint import (
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_refused_or_whole(written, tmp_path, data):
     assert same(state, load_checkpoint(path)), "what is damaged belongs to the archive's padding"
 
 
-@FUZZ
+@settings(FUZZ, max_examples=100)
 @given(st.data())
 def test_damaged_weights_are_refused_or_whole(tmp_path, data):
     path, net = tmp_path / "model.pth", TinyNet(3)
@@ -214,16 +214,6 @@ def test_weights_of_another_network(tmp_path):
 
 
 # Planted --------------------------------------------------------------------------------------------------------------
-
-
-class Planted:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 def plants(marker):

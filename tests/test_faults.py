@@ -59,10 +59,10 @@ def resumed(recipes, out, whole):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, code", [("INT", 130), ("TERM", 143)])
-@pytest.mark.parametrize("where, epoch", [
-    ("step 8", 1), ("validate 2", 1), ("history 2", 2), ("checkpoint 2", 2), ("writing 2", 2), ("writing 3", 3),
-    ("results 1", 3), ("export 1", 3), ("metrics 1", 3),
+@pytest.mark.parametrize("where, epoch, name, code", [
+    ("step 8", 1, "INT", 130), ("step 8", 1, "TERM", 143), ("validate 2", 1, "TERM", 143), ("history 2", 2, "INT", 130),
+    ("checkpoint 2", 2, "TERM", 143), ("writing 2", 2, "INT", 130), ("writing 3", 3, "TERM", 143),
+    ("results 1", 3, "TERM", 143), ("export 1", 3, "INT", 130), ("metrics 1", 3, "TERM", 143),
 ])  # fmt: skip
 def test_a_signal_ends_the_step_and_tells_how_to_go_on(recipes, whole, tiny_folder, tmp_path, where, epoch, name, code):
     out = tmp_path / "run"
@@ -71,8 +71,7 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(recipes, whole, tiny_fold
     assert process.err.splitlines()[-1] == f"stopped; go on with: {going_on(out)}"
     assert "Traceback" not in process.err and not list(out.glob(".*"))
     assert load_checkpoint(out / "checkpoint.pth")["epoch"] == epoch
-    if name == "TERM":
-        resumed(recipes, out, whole)
+    resumed(recipes, out, whole)
 
 
 def going_on(out):
@@ -140,6 +139,7 @@ def test_signals_at_random_moments(recipes, whole, tiny_folder, tmp_path, name, 
     assert history(out) == history(whole) and metrics(out) == metrics(whole) and (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_as_a_user_starts_it(tiny_folder, tmp_path):
     """`python recipes/resnet18.py`, ended by Ctrl-C before its first epoch is over."""
     recipe = Path(__file__).parent.parent / "recipes" / "resnet18.py"

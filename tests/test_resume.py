@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import assert_same_state, history, metrics, same, wait_for
+from tiny_runs import Planted, assert_same_state, history, metrics, same, wait_for
 
+from cifar_fastai import runs
 from cifar_fastai.checkpoint import load_checkpoint
 from cifar_fastai.config import Recipe
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import held
 from cifar_fastai.history import read_history
+from cifar_fastai.precision import ScaledStep
 from cifar_fastai.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "resnet18.py"
@@ -71,6 +73,17 @@ def test_stopped_within_an_epoch_and_before_the_results(tiny, tmp_path, given):
     assert_same_run(whole, parts)
     assert len(parts.log.lrs) == len(history(out)) * len(whole.learn.dls.train)
     assert not (out / "checkpoint.pth").exists()
+
+
+def test_the_gradient_scaler_goes_on_too(tiny, tmp_path, monkeypatch):
+    """float16's, which only a GPU needs, works on a CPU as well."""
+    callbacks = runs._callbacks
+    monkeypatch.setattr(runs, "_callbacks", lambda cfg: [*callbacks(cfg), ScaledStep()])
+    whole = tiny.train(tmp_path / "whole")
+    tiny.train(tmp_path / "parts", stop=("validate", 2))
+    parts = tiny.resume(tmp_path / "parts")
+    assert_same_run(whole, parts)
+    assert parts.last["callbacks"]["scaler"]["_growth_tracker"] == 3 * STEPS
 
 
 # What --resume takes and refuses -------------------------------------------------------------------------------------
@@ -272,6 +285,27 @@ def test_killed_and_resumed(recipes, whole, tiny_folder, tmp_path, where):
     assert resumed.code == 0 and not resumed.err, resumed.err
     assert re.search(r"^going on with .* after epoch [123] of 3$", resumed.out, re.M)
     assert_same_folders(whole(), out)
+
+
+def test_latest_and_refusals_on_the_command_line(recipes, tiny_folder, tmp_path):
+    def run(*args, **env):
+        process = recipes.run(args, tmp_path, TINY_QUICK=1, **env)
+        assert process.code <= 0 or len(process.err.splitlines()) == 1, process.err
+        return process.code, process.err.strip()
+
+    args = arguments(tiny_folder, "runs/one")
+    assert run(*args, TINY_AT="step 8 KILL")[0] == -signal.SIGKILL
+    assert run("--resume", "latest", "--lr", 0.2) == (
+        2, "error: --lr 0.2: this run has lr 0.15; beside --resume only --device may be given")  # fmt: skip
+    assert run(*args) == (2, "error: --out runs/one: holds a run already; give another folder, or --resume runs/one")
+    assert run("--resume", "latest", "--device", "cpu", "--lr", "0.150") == (0, "")
+    assert run("--resume", "latest") == (2, "error: --resume latest: no interrupted run under runs")
+    assert run("--resume", "runs/one") == (2, "error: --resume runs/one: this run is finished")
+    marker, checkpoint = tmp_path / "marker", tmp_path / "runs" / "one" / "checkpoint.pth"
+    torch.save(Planted(os.system, f"touch {marker}"), checkpoint)
+    code, line = run("--resume", "runs/one")
+    assert code == 2 and line.endswith("as a checkpoint; it holds more than numbers, and might run code")
+    assert not marker.exists()
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_a_run_leaves_all_of_it_and_nothing_else(recipes, tiny, tiny_folder, tmp
     assert same(dict(learn.model.state_dict()), dict(torch.load(folder / "model.pth", weights_only=True)))
 
 
-@pytest.mark.parametrize("given", [{}, dict(mixup=0.4, ema=0.9), dict(lr="find"), dict(precision="bf16", rotate=15.0)])
+@pytest.mark.parametrize("given", [{}, dict(mixup=0.4, ema=0.9), dict(opt="adam", rotate=15.0)])
 def test_the_same_seed_gives_the_same_digits(tiny, tmp_path, given):
     runs = []
     for n in range(2):
@@ -57,6 +57,15 @@ def test_zero_is_a_value_and_kept(tiny, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {name: config["given"][name] for name in ("cutout", "flip", "seed")} == dict(cutout=0, flip=0, seed=0)
     assert "no_test" not in config["given"] and config["parameters"]["no_test"] is False
+
+
+def test_paths_and_numpys_numbers_are_taken(tiny, tiny_folder, tmp_path):
+    """A call from a notebook may hold them; what is stored is plain."""
+    given = dict(data=tiny_folder, out=tmp_path / "run", lr="0.1", epochs=np.int64(2), ema=np.float32(0.5))
+    tiny.train(tmp_path / "run", stop=("history", 1), **given)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["given"] == given | dict(data=str(tiny_folder), out=str(tmp_path / "run"), lr=0.1, bs=8)
+    tiny.resume(tmp_path / "run", **given | dict(resume=tmp_path / "run"))
 
 
 # Loading a run --------------------------------------------------------------------------------------------------------

@@ -161,3 +161,13 @@ def assert_same_state(one, other):
     """Two checkpoints: weights, momenta, averages, counters, random states, all but the clock."""
     for key in ("epoch", "model", "opt", "callbacks", "random", "lrs", "moms", "train_iter"):
         assert same(one[key], other[key]), key
+
+
+class Planted:
+    """Unpickled, it calls `function` with `args`."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
