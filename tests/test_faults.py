@@ -205,7 +205,7 @@ def test_a_file_that_may_not_grow(recipes, tiny_folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "history.csv"]
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8])
 def test_any_write_may_fail(tiny, tmp_path, monkeypatch, capsys, number):
     """The n-th file that a run writes cannot be: one line, no half file, and what is there goes on to the same end."""
     tiny.train(tmp_path / "whole", epochs=2)

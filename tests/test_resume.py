@@ -56,11 +56,14 @@ VARIANTS = {
     "subset": dict(subset=40, wd_bn_bias="yes"), "bf16": dict(precision="bf16"),
     "tensorboard": dict(tensorboard=True),
 }  # fmt: skip
-OPTIMIZERS = ("adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")
+VARIANTS |= {opt: dict(opt=opt, lr=0.01)
+             for opt in ("adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")}  # fmt: skip
+SLOW = {"linear", "constant", "penalties", "clip value", "subset", "adamw", "rmsprop", "radam", "qhadam", "larc"}
 
 
-@pytest.mark.parametrize("given", [*VARIANTS.values(), *(dict(opt=opt, lr=0.01) for opt in OPTIMIZERS)],
-                         ids=[*VARIANTS, *OPTIMIZERS])  # fmt: skip
+@pytest.mark.parametrize("given", [
+    pytest.param(given, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, given in VARIANTS.items()
+])  # fmt: skip
 def test_stopped_within_an_epoch_and_before_the_results(tiny, tmp_path, given):
     whole = tiny.train(tmp_path / "whole", **given)
     out = tmp_path / "parts"
