@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
 from cifar_fastai.archives import cause
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, held
+from cifar_fastai.precision import torch_optimizer
 
 __all__ = ["Checkpoint", "latest_unfinished", "load_checkpoint", "load_weights", "random_states", "save_torch",
            "set_random_states"]
@@ -126,19 +126,15 @@ class Checkpoint(Callback):
         done = self.epoch + 1
         state = {
             "version": VERSION, "epoch": done, "finished_epochs": stopped or done == self.n_epoch,
-            "model": dict(raw), "opt": plain(self._torch_opt.state_dict()), "random": random_states(self.dls),
+            "model": dict(raw), "opt": plain(torch_optimizer(self.opt).state_dict()), "random": random_states(self.dls),
             "rows": plain(log.rows), "lrs": log.lrs, "moms": log.moms, "train_iter": self.train_iter,
             "callbacks": self._callback_states(), **self.meta,
         }  # fmt: skip
         state["digest"] = digest(state)
         save_torch(self.path, state)
 
-    @property
-    def _torch_opt(self):
-        return self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
-
     def _restore_opt(self, saved):
-        opt = self._torch_opt
+        opt = torch_optimizer(self.opt)
         if opt is self.opt:  # fastai's own, which leave tensors where they are
             opt.load_state_dict(to_device(saved, self.dls.device))
             return

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 __all__ = ["choose_compile", "compile_model", "uncompile"]
 
 # Images a run must train on before compiling for half a minute to a minute earns that back on a CPU.
-_WORTH_IT = {"bf16": 50_000, "fp32": 200_000}
+_WORTH_IT = 50_000
 
 
-def choose_compile(name, device, precision, n_images):
+def choose_compile(name, device, n_images):
     """(compile?, reason) for `name` auto, yes or no, in a run that trains on `n_images` images, all epochs counted."""
     if name != "auto":
         return name == "yes", "as asked"
@@ -19,7 +19,7 @@ def choose_compile(name, device, precision, n_images):
         return False, "20 epochs on a GPU end before it pays; --compile yes takes it"
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++", "cl")):
         return False, "no C++ compiler is here"
-    if n_images < _WORTH_IT.get(precision, _WORTH_IT["fp32"]):
+    if n_images < _WORTH_IT:
         return False, "the run is too short to earn it back"
     return True, "the run is long enough to earn it back"
 
@@ -28,7 +28,7 @@ def compile_model(model, batch, autocast):
     """Compile `model` in place and try it on one training step; None, or one line why it stays as it was.
 
     `batch`: images (B, 3, H, W) as training will give them. In place, so that the names in its state dict, export and
-    pickling stay as they were. Weights, batch-norm statistics, gradients and random states are as before.
+    pickling stay as they were. Weights, batch-norm statistics and the CPU's random state are as before.
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from cifar_fastai.errors import InputError
 from cifar_fastai.names import (
     ANNEALS,
+    CAM_METHODS,
     FASTAI_OPTIMIZERS,
     MODEL_NAMES,
     PAD_MODES,
@@ -184,12 +185,10 @@ RANGES = dict(
 )  # fmt: skip
 
 _YES_NO = ("yes", "no")
-CAM_METHODS = ("GradCAM", "GradCAM++", "HiResCAM", "XGradCAM", "LayerCAM", "GradCAMElementWise", "EigenGradCAM",
-               "EigenCAM", "FEM", "ScoreCAM", "AblationCAM")  # fmt: skip
 CHOICES = dict(
     model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=_YES_NO,
     wd_bn_bias=_YES_NO, sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, precision=PRECISIONS,
-    compile=("auto", *_YES_NO), cam_target=("predicted", "true"), cam_method=CAM_METHODS,
+    compile=("auto", *_YES_NO), cam_target=("predicted", "true"), cam_method=tuple(CAM_METHODS),
 )  # fmt: skip
 
 

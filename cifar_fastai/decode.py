@@ -17,7 +17,7 @@ from cifar_fastai.archives import MAX_FILE_BYTES, cause, open_source, shown
 from cifar_fastai.batches import BATCH_FILES, TEST_BATCH, TRAIN_BATCHES, read_batch, read_label_names
 from cifar_fastai.errors import InputError
 
-__all__ = ["Decoded", "decode", "find_source"]
+__all__ = ["Decoded", "channel_statistics", "decode", "find_source", "rgb"]
 
 SPLITS = ("train", "test")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -154,7 +154,7 @@ def _decode_image(content, where):
                 width, height = image.size
                 raise InputError(f"{where}: {width}x{height} pixels; every image must be 32x32, so resize it")
             is_jpeg = image.format != "PNG"
-            pixels = np.asarray(image.convert("RGB"))  # (32, 32, 3)
+            pixels = np.asarray(rgb(image))  # (32, 32, 3)
         if not is_jpeg:
             with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
                 image.verify()  # the checksums, which decoding leaves out
@@ -163,6 +163,19 @@ def _decode_image(content, where):
     except Exception as error:  # of a damaged file: OSError, SyntaxError, ValueError, struct.error, ...
         raise InputError(f"{where}: cannot be read as an image ({_image_cause(error)}); replace or remove it") from None
     return pixels.transpose(2, 0, 1), is_jpeg
+
+
+def rgb(image):
+    """A PIL image of any mode in RGB: what is transparent becomes white, and 16 bits of grey become 8."""
+    if image.mode == "F":  # floats, whose black and white nobody knows: its least and its greatest
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        image = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-12)).round().astype(np.uint8))
+    if image.mode.startswith("I"):  # which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @contextmanager

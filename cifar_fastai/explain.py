@@ -3,15 +3,20 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cifar_fastai.errors import InputError
 from cifar_fastai.gradcam import default_layer, gradcam
+from cifar_fastai.loaders import test_dl
+from cifar_fastai.names import CAM_METHODS, check_name
 from cifar_fastai.outputs import class_names, normalised, pixels
 from cifar_fastai.plots import plot_gradcam, save_figure
 from cifar_fastai.predict import image_batch, predict, predict_files
-from cifar_fastai.runs import load_run, read_config
+from cifar_fastai.runs import load_network, load_run, read_config
 
 __all__ = ["explain_errors", "explain_files", "explain_run"]
+
+MAX_IMAGES = 100  # of one picture
 
 
 def explain_run(run, images=(), layer=None, method="GradCAM", target="predicted", n=10, alpha=0.5, out=None, data=None,
@@ -21,28 +26,41 @@ def explain_run(run, images=(), layer=None, method="GradCAM", target="predicted"
     `layer`: one or several by name, separated by commas; `target`: "predicted", "true" (of the run's own images) or
     the name of a class. Returns the path of the picture. InputError for what is no run, image, layer or class.
     """
-    if n < 1 or n > 100:
-        raise InputError(f"--n {n}: must be from 1 to 100")
-    read_config(run)  # what is no run is said before what is no picture
+    config = read_config(run)  # what is no run is said before what is no picture
     out = Path(out) if out is not None else Path(run) / "explain.png"
-    if out.suffix != ".png" or not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
-    learn, config = load_run(run, device, data)
+    _check(images, method, target, n, alpha, out)
+    learn = load_network(run, device) if images else load_run(run, device, data)[0]
     with learn.no_bar():
         layers = [name.strip() for name in layer.split(",")] if layer else [default_layer(learn)]
+        for name in layers:  # a wrong name is said before the work, not after it
+            gradcam(learn, torch.zeros(0, 3, 32, 32), [] if target == "true" else target, name, method)
         if images:
             figure = explain_files(learn, images, layers, method, target, alpha)
         else:
-            figure = explain_errors(learn, layers, method, target, n, alpha, config["eval_split"])
+            split = "valid" if config["parameters"].get("no_test") else "test"
+            dl = learn.dls.valid if split == "valid" else test_dl(learn.dls)
+            figure = explain_errors(learn, layers, method, target, n, alpha, split, dl)
     save_figure(figure, out)
     print(f"picture: {out}")
     return out
 
 
+def _check(images, method, target, n, alpha, out):
+    check_name("--method", method, tuple(CAM_METHODS))
+    if not 1 <= n <= MAX_IMAGES:
+        raise InputError(f"--n {n}: must be from 1 to {MAX_IMAGES}")
+    if len(images) > MAX_IMAGES:
+        raise InputError(f"--images: {len(images)} files; one picture takes {MAX_IMAGES}")
+    if not 0 <= alpha <= 1:
+        raise InputError(f"--alpha {alpha}: must be from 0 to 1")
+    if images and target == "true":
+        raise InputError("--target true: nobody knows the true class of a file; give predicted or the name of a class")
+    if out.suffix != ".png" or not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
+
+
 def explain_files(learn, files, layers, method="GradCAM", target="predicted", alpha=0.5):
     """A Figure of heatmaps for image files, the table of their three most probable classes printed."""
-    if target == "true":
-        raise InputError("--target true: nobody knows the true class of a file; give predicted or the name of a class")
     found = predict_files(learn, files)
     width = max(len(str(item.file)) for item in found)
     for item in found:
@@ -56,9 +74,12 @@ def explain_files(learn, files, layers, method="GradCAM", target="predicted", al
                         alpha=alpha, classes=found[0].classes)  # fmt: skip
 
 
-def explain_errors(learn, layers, method="GradCAM", target="predicted", n=10, alpha=0.5, split="test"):
-    """A Figure of heatmaps for the `n` worst errors on the split that is evaluated, their table printed."""
-    dl = learn.dls.valid
+def explain_errors(learn, layers, method="GradCAM", target="predicted", n=10, alpha=0.5, split="test", dl=None):
+    """A Figure of heatmaps for the `n` worst errors, their table printed.
+
+    `dl` (default `learn.dls.valid`) holds the images, `split` is what they are called.
+    """
+    dl = learn.dls.valid if dl is None else dl
     predictions = predict(learn, dl)
     chosen = predictions.misclassified(n)
     true, predicted = class_names(predictions, chosen)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from cifar_fastai.errors import InputError
+from cifar_fastai.names import CLASSLESS
 from cifar_fastai.page import (
     BLUE,
     GAP,
@@ -23,7 +24,6 @@ from cifar_fastai.page import (
 
 __all__ = ["plot_augmentations", "plot_gradcam", "plot_tiles"]
 
-CLASSLESS = ("EigenCAM", "FEM")  # methods that explain the activations, no class
 HEAT = {"cmap": "inferno", "vmin": 0, "vmax": 1}
 
 

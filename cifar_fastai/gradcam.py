@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_fastai.errors import InputError
+from cifar_fastai.names import CAM_METHODS, CLASSLESS, PER_CHANNEL, check_name
 
 __all__ = ["METHODS", "MIN_MAP", "Heatmaps", "cam_layers", "default_layer", "gradcam"]
 
@@ -24,13 +25,8 @@ MIN_MAP = 5  # pixels a side; smaller maps are refused
 NOISE = 1e-6  # of what was added up: a map below it is rounding error
 MIN_EVIDENCE = 0.01  # logits: what all of a map adds to the class; less changes its odds by under 1 %
 
-# name: the library's class
-METHODS = {
-    "GradCAM": "GradCAM", "GradCAM++": "GradCAMPlusPlus", "HiResCAM": "HiResCAM", "XGradCAM": "XGradCAM",
-    "LayerCAM": "LayerCAM", "GradCAMElementWise": "GradCAMElementWise", "EigenGradCAM": "EigenGradCAM",
-    "EigenCAM": "EigenCAM", "FEM": "FEM", "ScoreCAM": "ScoreCAM", "AblationCAM": "AblationCAM",
-}  # fmt: skip
-GRADIENT_FREE = ("EigenCAM", "FEM", "ScoreCAM", "AblationCAM")
+METHODS = CAM_METHODS
+GRADIENT_FREE = CLASSLESS + PER_CHANNEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +55,8 @@ def gradcam(learn, x, target="predicted", layer=None, method="GradCAM", bs=64):
     or frozen layers are around; weights, gradients, modes and hooks are afterwards as before, an error included.
 
     A map is negligible where its maximum is no more than rounding (1e-6 of the activations times gradients that were
-    added up), or where with a gradient-based method all of it together adds less than 0.01 to the class's logit.
+    added up), or where with a gradient-based method all of it together adds less than 0.01 to the class's logit
+    (GradCAM++ and EigenGradCAM draw other units: theirs is negligible where HiResCAM's is).
     Raises InputError for an unknown method, layer or class, and for a layer whose map is too small.
     """
     model, cls = _model(learn), _method(method)
@@ -68,7 +65,7 @@ def gradcam(learn, x, target="predicted", layer=None, method="GradCAM", bs=64):
         sizes, n_classes = _map_sizes(model, x[:1].to(device) if len(x) else x.new_zeros(1, *x.shape[1:]).to(device))
         layer = _deepest(model, sizes) if layer is None else _checked_layer(model, layer, sizes)
         targets = _targets(learn, target, len(x), n_classes)  # (N,) or None
-        bs = min(bs, 8) if cls.__name__ in ("ScoreCAM", "AblationCAM") else bs  # they hold a batch for each channel
+        bs = min(bs, 8) if method in PER_CHANNEL else bs  # they hold a batch for each channel
         parts = []
         for start in range(0, len(x), bs):
             batch = x[start : start + bs].to(device)  # (B, 3, H, W)
@@ -110,14 +107,10 @@ def _model(learn):
 
 
 def _method(name):
-    if name not in METHODS:
-        lower = {known.lower(): known for known in METHODS}
-        near = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=2, cutoff=0.6)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(METHODS)}"
-        raise InputError(f"method {name}: no such name; {hint}")
+    kind = METHODS[check_name("method", name, tuple(METHODS))]
     import pytorch_grad_cam  # takes seconds
 
-    return getattr(pytorch_grad_cam, METHODS[name])
+    return getattr(pytorch_grad_cam, kind)
 
 
 def _images(x):
@@ -260,11 +253,18 @@ class _Raw:
         cam = np.nan_to_num(cam, nan=0, posinf=0, neginf=0).clip(0).astype(np.float32)  # (B, h, w)
         self.raw, self.negligible = cam, cam.max(last) <= NOISE * _scale(activations, grads)
         if self.uses_gradients:
-            self.negligible |= cam.sum(last) < MIN_EVIDENCE
+            self.negligible |= _evidence(name, cam, activations, grads) < MIN_EVIDENCE
         return cam
 
     def aggregate_multi_layers(self, cam_per_target_layer):
         return self.raw  # instead of the stretched map
+
+
+def _evidence(name, cam, activations, grads):
+    """(B,) logits that the places of a map `cam` (B, h, w) add to the class."""
+    if name in ("GradCAMPlusPlus", "EigenGradCAM"):  # their maps are no logits: HiResCAM's stand in
+        cam = (_numpy(activations) * _numpy(grads)).sum(1).clip(0)  # (B, h, w)
+    return cam.sum((1, 2))
 
 
 def _scale(activations, grads):
@@ -295,7 +295,8 @@ def _explain(model, cls, layer, x, ids):
         predicted = cam.outputs.detach().argmax(-1).cpu().numpy()
         return raw, cam.negligible, predicted if ids is None else ids
     except RuntimeError as e:
-        if cam is None or not cam.uses_gradients or cam.outputs.requires_grad:
+        scores = getattr(cam, "outputs", None)  # None: it broke off before there were any
+        if scores is None or not cam.uses_gradients or scores.requires_grad:
             raise
         raise InputError(f"layer {layer}: the class scores do not depend on it; choose another") from e
     finally:

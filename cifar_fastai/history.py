@@ -7,7 +7,7 @@ from fastai.callback.core import Callback
 
 from cifar_fastai.files import atomic_write
 
-__all__ = ["HISTORY_COLUMNS", "History", "read_history", "write_history"]
+__all__ = ["HISTORY_COLUMNS", "History", "in_epochs", "read_history", "write_history"]
 
 HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "images_per_second",
                    "seconds")  # fmt: skip
@@ -17,7 +17,8 @@ class History(Callback):
     """`rows`, a dict of HISTORY_COLUMNS for every epoch; `lrs` and `moms`, a float for every step.
 
     train_loss and train_accuracy are means over the epoch as it trained, augmented images and changing weights
-    included; valid_* belong to the split that is evaluated. Epochs count from 1, and go on in the next fit. Numbers
+    included; valid_* belong to the split that is evaluated. Losses are those of the loss function, label smoothing
+    included. Epochs count from 1, and go on in the next fit. Numbers
     that were not measured are None. fastai's Recorder forgets its own at every fit, and at every `get_preds` too.
     `origin`: for a loaded run, what its config says of the machine that trained it, until training goes on here.
     """
@@ -56,6 +57,11 @@ class History(Callback):
                 "seconds": time.perf_counter() - self.started}  # fmt: skip
         self.started = None
         self.rows.append(row)
+
+
+def in_epochs(n):
+    """A number of epochs in words."""
+    return "1 epoch" if n == 1 else f"{n:,} epochs"
 
 
 def write_history(path, rows):

@@ -12,6 +12,7 @@ from fasttransform import Transform
 from cifar_fastai.augment import CutOut, RandomCrop, RandomFlip, RandomRotate
 from cifar_fastai.data import ImageSet, load_images
 from cifar_fastai.errors import InputError
+from cifar_fastai.precision import choose_device
 
 __all__ = ["ArrayDL", "augmentations", "cifar_block", "cifar_dls", "default_bs", "split_rows", "test_dl"]
 
@@ -123,6 +124,11 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
     from sklearn.model_selection import train_test_split
 
     rows, n_classes = np.arange(images.n_train), len(images.classes)
+    if valid_pct is not None or subset is not None:
+        counts = np.bincount(images.train_labels, minlength=n_classes)
+        if counts.min() < 2:
+            raise InputError(f"class {images.classes[counts.argmin()]}: has {counts.min()} train image; "
+                             "to cut a part off train every class needs two")  # fmt: skip
     test = list(range(images.n_train, len(images.labels)))
     if valid_pct is not None:
         n_valid = round(valid_pct * len(rows))
@@ -131,6 +137,11 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
                              f"too few on one side for {n_classes} classes")  # fmt: skip
         rows, valid = train_test_split(rows, test_size=n_valid, stratify=images.labels[rows], random_state=split_seed)
         rows, valid = np.sort(rows), np.sort(valid)
+        for part in (rows, valid):  # a stratified cut leaves out a class that is rare enough
+            missing = np.setdiff1d(np.arange(n_classes), images.labels[part])
+            if len(missing):
+                raise InputError(f"--valid-pct {valid_pct}: leaves no image of class {images.classes[missing[0]]} "
+                                 "on one side; give more, or less")  # fmt: skip
     if subset is not None and subset > len(rows):
         raise InputError(f"--subset {subset}: there are {len(rows)} images to train on")
     if subset is not None and subset < n_classes:
@@ -194,7 +205,7 @@ def cifar_dls(images="auto", bs=128, valid_pct=None, split_seed=42, subset=None,
     tfms = augmentations(flip=flip, **augment)
     items = list(range(len(images.labels)))
     block = cifar_block(images, tfms, splits)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
+    device = choose_device() if device is None else torch.device(device)
     dls = block.dataloaders(items, bs=bs, val_bs=val_bs, device=device)
     dls.images = images
     dls.settings = dict(bs=bs, valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip, **augment)

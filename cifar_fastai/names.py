@@ -4,8 +4,8 @@ from difflib import get_close_matches
 
 from cifar_fastai.errors import InputError
 
-__all__ = ["ANNEALS", "MODEL_NAMES", "PAD_MODES", "PRECISIONS", "SCHEDULES", "SUGGESTIONS", "TORCH_OPTIMIZERS",
-           "FASTAI_OPTIMIZERS", "check_name"]
+__all__ = ["ANNEALS", "CAM_METHODS", "CLASSLESS", "FASTAI_OPTIMIZERS", "MODEL_NAMES", "PAD_MODES", "PER_CHANNEL",
+           "PRECISIONS", "SCHEDULES", "SUGGESTIONS", "TORCH_OPTIMIZERS", "check_name"]  # fmt: skip
 
 MODEL_NAMES = ("resnet18", "resnet34", "custom_resnet")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -15,6 +15,14 @@ ANNEALS = ("cos", "linear")
 SUGGESTIONS = ("valley", "slide", "steep", "minimum")
 TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop")  # torch's own, fused or foreach
 FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equal, fastai's
+
+CAM_METHODS = {  # pytorch-grad-cam's, and the names of its classes
+    "GradCAM": "GradCAM", "GradCAM++": "GradCAMPlusPlus", "HiResCAM": "HiResCAM", "XGradCAM": "XGradCAM",
+    "LayerCAM": "LayerCAM", "GradCAMElementWise": "GradCAMElementWise", "EigenGradCAM": "EigenGradCAM",
+    "EigenCAM": "EigenCAM", "FEM": "FEM", "ScoreCAM": "ScoreCAM", "AblationCAM": "AblationCAM",
+}  # fmt: skip
+CLASSLESS = ("EigenCAM", "FEM")  # they explain the activations, no class
+PER_CHANNEL = ("ScoreCAM", "AblationCAM")  # a forward pass for every channel of the layer, hundreds for an image
 
 
 def check_name(flag, name, known):

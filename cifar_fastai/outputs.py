@@ -14,6 +14,8 @@ from cifar_fastai.checkpoint import save_torch
 from cifar_fastai.files import atomic_write, write_json
 from cifar_fastai.galleries import plot_augmentations, plot_gradcam, plot_tiles
 from cifar_fastai.gradcam import default_layer, gradcam
+from cifar_fastai.history import in_epochs
+from cifar_fastai.names import CLASSLESS, PER_CHANNEL
 from cifar_fastai.plots import (
     plot_class_accuracy,
     plot_confusion_matrix,
@@ -79,8 +81,8 @@ def _metrics(run, plain, flip, shift, split):
 def _print_results(run, metrics, plain, split):
     print(f"\n{run.images.name}, {split} accuracy by class")
     for name, accuracy in plain.class_accuracy.items():
-        print(f"  {name:<16} {accuracy:>7.2%}")
-    print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {metrics['epochs']} epochs)")
+        print(f"  {name:<16} {'no images' if accuracy is None else f'{accuracy:>7.2%}'}")
+    print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {in_epochs(metrics['epochs'])})")
     wrong = "" if run.images.flip else " (their mirror images mean something else)"
     print(f"with flip TTA {metrics['tta_accuracy']:.2%}{wrong}")
     print(f"with flip and shift TTA {metrics['tta_shift_accuracy']:.2%}")
@@ -181,19 +183,24 @@ def _title(tfm):
 
 
 def error_tiles(learn, dl, predictions, cfg, limit=MAX_TILES):
-    """The misclassified images, worst loss first, each with the heatmaps of the predicted and of the true class."""
+    """The misclassified images, worst loss first, each with the heatmaps of the predicted and of the true class.
+
+    GradCAM stands in for a method that takes a pass for every channel: over thousands of errors that is days. One that
+    explains no class gives one heatmap an image.
+    """
     chosen = predictions.errors[:limit]
+    method = "GradCAM" if cfg.cam_method in PER_CHANNEL else cfg.cam_method
     layer, x = chosen_layers(learn, cfg)[0], normalised(dl, chosen)
-    by_predicted = gradcam(learn, x, predictions.predicted[chosen], layer, cfg.cam_method)
-    by_true = gradcam(learn, x, predictions.targets[chosen], layer, cfg.cam_method)
+    by_predicted = gradcam(learn, x, predictions.predicted[chosen], layer, method)
+    by_true = None if method in CLASSLESS else gradcam(learn, x, predictions.targets[chosen], layer, method)
     height, width = by_predicted.map_size
     true, predicted = class_names(predictions, chosen)
     return Tiles(
         images=pixels(dl, chosen), indices=predictions.indices[chosen], targets=true, predicted=predicted,
         confidence=predictions.confidence[chosen], losses=predictions.losses[chosen],
-        cam_predicted=by_predicted.maps, cam_true=by_true.maps,
-        negligible_predicted=by_predicted.negligible, negligible_true=by_true.negligible,
-        caption=f"{cfg.cam_method} of {layer}, {height} x {width} pixels",
+        cam_predicted=by_predicted.maps, cam_true=by_true and by_true.maps,
+        negligible_predicted=by_predicted.negligible, negligible_true=by_true and by_true.negligible,
+        caption=f"{method} of {layer}, {height} x {width} pixels",
     )  # fmt: skip
 
 
@@ -201,7 +208,7 @@ def export(learn, path):
     """`Learner.export`, atomically and without this machine's paths; the file is fastai's own and can run code."""
     path = Path(path)
     part = path.with_name(f".{path.name}.tmp")
-    old = learn.path
+    old = learn.path, learn.dls, learn.opt
     try:
         learn.path = Path(".")
         learn.export(part.absolute())
@@ -211,7 +218,7 @@ def export(learn, path):
             raise
         raise OSError(errno.EIO, "cannot be written, is the disk full?", str(path)) from None
     finally:
-        learn.path = old
+        learn.path, learn.dls, learn.opt = old  # fastai's export puts the two back only where it succeeds
         part.unlink(missing_ok=True)
 
 

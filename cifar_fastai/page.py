@@ -15,7 +15,7 @@ from matplotlib.textpath import text_to_path
 __all__ = ["Page", "Picture", "percent", "span", "text_height", "text_width", "wrap"]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart (vermilion darkened, to be read as text)
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#C04B00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#C04B00", "#009E73", "#CC79A7", "#E69F00"
 GREY = "#555555"
 SMALL, NORMAL, LARGE = 8.5, 10, 12  # points
 WIDTH, DPI = 8.4, 140  # inches, dots per inch: 1,176 pixels, what a README shows and some to spare

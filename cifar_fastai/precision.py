@@ -7,9 +7,19 @@ from fastai.optimizer import OptimWrapper
 from cifar_fastai.errors import InputError
 from cifar_fastai.names import PRECISIONS, check_name
 
-__all__ = ["Precision", "ScaledStep", "choose_device", "choose_precision"]
+__all__ = ["Precision", "ScaledStep", "autocast", "choose_device", "choose_precision", "torch_optimizer"]
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device, precision):
+    """The context in which a model computes in `precision` on `device`; for fp32 it changes nothing."""
+    return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
+
+
+def torch_optimizer(opt):
+    """The torch optimizer that a Learner's `opt` wraps, or fastai's own as it is."""
+    return opt.opt if isinstance(opt, OptimWrapper) else opt
 
 
 def choose_device(name="auto"):
@@ -38,49 +48,48 @@ def choose_precision(name, device):
     if name != "auto":
         return name, "as asked"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "this GPU has it"
-        return "fp16", "this GPU has no bf16"
+        with torch.cuda.device(device):  # which is not always the first
+            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU has it") if has_it else ("fp16", "this GPU has no bf16")
     if device.type == "cpu":
         return ("bf16", "this CPU has it") if _cpu_has_bf16() else ("fp32", "this CPU has no bf16")
     return "fp32", f"the safe choice on {device.type}"
 
 
 def _cpu_has_bf16():
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # an older torch
+    return bool(asked and asked())
 
 
 class Precision(Callback):
     """Autocast around the model, in training and evaluation, on any device; the loss is computed in float32.
 
-    fastai's own `MixedPrecision` enters autocast("cuda") only, which leaves a CPU in float32. float16 scales the
-    loss and brings `ScaledStep` along.
+    fastai's own `MixedPrecision` enters autocast("cuda") only, which leaves a CPU in float32. float16 needs
+    `ScaledStep` beside it, which `cifar_learner` adds.
     """
 
     order = 10
 
     def __init__(self, precision="bf16"):
-        self.precision, self.dtype = precision, _DTYPES[precision]
-        self.autocast = None
+        self.precision, self.autocast = precision, None
 
     def before_batch(self):
-        self._leave()  # an interrupt may have come between the two
-        device = next(self.model.parameters()).device
-        self.autocast = torch.autocast(device.type, dtype=self.dtype)
+        self.leave()
+        self.autocast = autocast(next(self.model.parameters()).device, self.precision)
         self.autocast.__enter__()
 
     def after_pred(self):
-        self._leave()
+        self.leave()
         self.learn.pred = self.pred.float()
 
     def after_cancel_batch(self):
-        self._leave()
+        self.leave()
 
-    def after_fit(self):
-        self._leave()
-
-    def _leave(self):
+    def leave(self):
+        """Go back to float32; `CifarLearner` sees to it after an error in the model too."""
         if self.autocast is not None:
             self.autocast.__exit__(None, None, None)
             self.autocast = None
@@ -108,16 +117,12 @@ class ScaledStep(Callback):
         self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
     def after_backward(self):
-        self.scaler.unscale_(self._torch_opt)
+        self.scaler.unscale_(torch_optimizer(self.opt))
 
     def before_step(self):
-        self.scaler.step(self._torch_opt)
+        self.scaler.step(torch_optimizer(self.opt))
         self.scaler.update()
         raise CancelStepException  # the step is done, or was left out for its overflow
-
-    @property
-    def _torch_opt(self):
-        return self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
 
     def __getstate__(self):
         return {**self.__dict__, "scaler": None}

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.vision.core import PILImage
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from cifar_fastai.decode import rgb
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
 
@@ -292,33 +293,40 @@ def load_image(file):
         raise InputError(f"{file}: is a folder; give image files")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is allowed, enormous an error
+            warnings.simplefilter("ignore")  # of large pictures, which are allowed, and of odd Exif
             with Image.open(file) as opened:
-                image = _rgb(ImageOps.exif_transpose(opened))
+                frames = getattr(opened, "n_frames", 1)
+                image = rgb(_upright(opened))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except PermissionError:
         raise InputError(f"{file}: may not be read; check its permissions") from None
     except Image.DecompressionBombError:
         raise InputError(f"{file}: has too many pixels; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as e:  # what Pillow raises for broken files of various formats
+    except Exception as e:  # Pillow raises many kinds for broken files of various formats
         reason = "is no image" if isinstance(e, Image.UnidentifiedImageError) else "is a broken image"
         raise InputError(f"{file}: {reason}; give a PNG, JPEG or other picture") from None
-    width, height = image.size
-    if (width, height) == (SIZE, SIZE):
-        return np.asarray(image), None
-    how = "resized" if width == height else "cropped to its central square and resized"
-    small = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(small), f"{width} x {height}, {how} to {SIZE} x {SIZE}"
+    (width, height), notes = image.size, [f"the first of {frames} pictures"] if frames > 1 else []
+    if (width, height) != (SIZE, SIZE):
+        how = "resized" if width == height else "cropped to its central square and resized"
+        notes.append(f"{width} x {height}, {how} to {SIZE} x {SIZE}")
+        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image), ", ".join(notes) or None
 
 
-def _rgb(image):
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+_TURNED = {  # how to put upright what an Exif orientation describes
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _upright(image):
+    try:  # not ImageOps.exif_transpose, which writes all of the Exif anew and fails where any of it is odd
+        turn = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def image_batch(learn, images):

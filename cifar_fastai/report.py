@@ -5,7 +5,6 @@ forbids the rest. Everything that comes from a file is escaped by the template e
 """
 
 import base64
-import csv
 import hashlib
 import json
 import math
@@ -19,6 +18,8 @@ from PIL import Image
 
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
+from cifar_fastai.history import read_history
+from cifar_fastai.predict import Predictions
 from cifar_fastai.tiles import SHEET, Tiles, data_uri, encoded, sheets, tile_rows
 
 __all__ = ["LIMIT", "Tiles", "write_report"]
@@ -54,9 +55,13 @@ def write_report(run_dir, tiles=None):
     run_dir = Path(run_dir)
     config = dict.fromkeys(CONFIG) | _read_json(run_dir / "config.json")
     metrics = dict.fromkeys(METRICS) | _read_json(run_dir / "metrics.json", missing={})
-    history, predictions = _read_csv(run_dir / "history.csv"), _read_csv(run_dir / "predictions.csv")
-    parameters = config["parameters"] or {}
-    classes, matrix = _confusion_matrix(predictions, config["classes"] or metrics["class_accuracy"] or ())
+    parameters, path = config["parameters"] or {}, run_dir / "history.csv"
+    history = read_history(path) if path.is_file() else []
+    classes = list(config["classes"] or metrics["class_accuracy"] or ())
+    predictions = _read_predictions(run_dir / "predictions.csv", classes)
+    matrix = np.zeros((len(classes),) * 2, int)
+    if predictions is not None:
+        classes, matrix = list(predictions.classes), predictions.confusion_matrix
     n_errors = int(matrix.sum() - matrix.trace())
     tiles = tiles.worst_first() if tiles is not None and n_errors else None
     split = "test" if metrics["test_accuracy"] is not None else metrics["eval_split"] or "test"
@@ -70,11 +75,12 @@ def write_report(run_dir, tiles=None):
         eval_name="Validation" if metrics["eval_split"] == "valid" else "Test", hardware=config["hardware"],
         charts=_charts(history, metrics["eval_split"] or "test"), figures=_figures(run_dir, explorer=tiles is not None),
         command=_command(config), given=config["given"] or {}, facts=_facts(config),
-        summary=_read_text(run_dir / "summary.txt"), n_images=len(predictions), n_errors=n_errors,
+        summary=_read_text(run_dir / "summary.txt"), n_images=int(matrix.sum()), n_errors=n_errors,
         classes=classes, matrix=matrix.tolist(), missed=(matrix.sum(1) - matrix.diagonal()).tolist(),
-        taken=(matrix.sum(0) - matrix.diagonal()).tolist(), class_rows=_class_rows(matrix, classes),
-        pairs=_worst_pairs(matrix), shades=_shades(matrix), sheet=SHEET, limit=LIMIT,
-        heatmaps=tiles is not None and tiles.cam_predicted is not None, script=script,
+        taken=(matrix.sum(0) - matrix.diagonal()).tolist(), class_rows=_class_rows(predictions) if predictions else [],
+        pairs=_worst_pairs(predictions) if predictions else [], shades=_shades(matrix), sheet=SHEET,
+        heatmaps=tiles is not None and tiles.cam_predicted is not None,
+        classless=tiles is not None and tiles.cam_true is None, script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     page = _largest_page(environment.get_template("report.html"), context, tiles)
@@ -119,15 +125,6 @@ def _read_json(path, missing=None):
         return value
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the folder of a run") from None
-
-
-def _read_csv(path):
-    """The rows as dicts, empty when there is no file: classes as text, other values as numbers, None where blank."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: text if name in ("target", "predicted") else float(text) if text else None
-                 for name, text in row.items()} for row in csv.DictReader(file)]  # fmt: skip
 
 
 def _command(config):
@@ -188,38 +185,22 @@ def _figures(run_dir, explorer):
 # --------------------------------------------------------------------------------------------- classes and confusions
 
 
-def _confusion_matrix(predictions, classes):
-    """The names of the C classes and int (C, C): images by true class (rows) and predicted class (columns)."""
-    seen = (row[key] for row in predictions for key in ("target", "predicted"))
-    classes = list(dict.fromkeys([*classes, *seen]))
-    ids = {name: number for number, name in enumerate(classes)}
-    matrix = np.zeros((len(classes), len(classes)), int)
-    for row in predictions:
-        matrix[ids[row["target"]], ids[row["predicted"]]] += 1
-    return classes, matrix
+def _read_predictions(path, classes):
+    """What predictions.csv holds, None when there is no such file."""
+    return Predictions.from_csv(path, tuple(classes) or None) if path.is_file() else None
 
 
-def _class_rows(matrix, classes):
-    """One dict per class; fractions without a denominator are None."""
-
-    def ratio(part, whole):
-        return part / whole if whole else None
-
-    rows, wrong = [], matrix * ~np.eye(len(classes), dtype=bool)
-    for number, name in enumerate(classes):
-        images, taken = int(matrix[number].sum()), int(matrix[:, number].sum())
-        correct, other = int(matrix[number, number]), int(wrong[number].argmax())
-        rows.append(dict(
-            name=name, images=images, correct=correct, accuracy=ratio(correct, images), precision=ratio(correct, taken),
-            f1=ratio(2 * correct, images + taken), other=classes[other], n_other=int(wrong[number, other]),
-        ))  # fmt: skip
-    return rows
+def _class_rows(predictions):
+    """One dict per class: the table of `Predictions`, and the class that it is most often taken for."""
+    wrong = predictions.confusion_matrix * ~np.eye(len(predictions.classes), dtype=bool)
+    return [row | dict(other=predictions.classes[errors.argmax()], n_other=int(errors.max()))
+            for row, errors in zip(predictions.class_table, wrong, strict=True)]  # fmt: skip
 
 
-def _worst_pairs(matrix, n=6):
-    """The largest cells off the diagonal: (true, predicted, images), largest first."""
-    cells = [(int(matrix[t, p]), int(t), int(p)) for t, p in np.argwhere(matrix) if t != p]
-    return [(t, p, images) for images, t, p in sorted(cells, key=lambda cell: (-cell[0], cell[1:]))[:n]]
+def _worst_pairs(predictions, n=6):
+    """The classes that are confused most often: (true id, predicted id, images), most first."""
+    return [(predictions.classes.index(true), predictions.classes.index(predicted), images)
+            for true, predicted, images in predictions.most_confused()[:n]]  # fmt: skip
 
 
 def _shades(matrix):

@@ -9,6 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientClip
@@ -18,14 +19,14 @@ from cifar_fastai.checkpoint import load_weights
 from cifar_fastai.config import BASE, Recipe, resolve
 from cifar_fastai.data import ImageSet, load_images
 from cifar_fastai.errors import InputError
-from cifar_fastai.history import read_history
+from cifar_fastai.history import in_epochs, read_history
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.loaders import cifar_dls, default_bs, split_rows
 from cifar_fastai.precision import choose_device
 from cifar_fastai.schedule import one_cycle_steps
 
-__all__ = ["describe_machine", "describe_run", "learner_for", "load_run", "make_folder", "read_config", "run_config",
-           "versions"]  # fmt: skip
+__all__ = ["describe_machine", "describe_run", "learner_for", "load_network", "load_run", "make_folder", "read_config",
+           "run_config", "versions"]  # fmt: skip
 
 _NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
 _OF_THE_MACHINE = ("data", "device", "out", *_NOT_KEPT)
@@ -60,7 +61,9 @@ def make_folder(recipe, out=None):
 
 
 def learner_for(cfg, images, device):
-    """The learner that `cfg`, the resolved parameters, describes; `cfg.bs` may be lowered to fit a small set.
+    """The learner that `cfg`, the resolved parameters, describes.
+
+    A default `cfg.bs` is lowered for a small set, to 20 steps an epoch, and a default `cfg.lr` in proportion.
 
     InputError for settings that do not fit the data.
     """
@@ -122,8 +125,7 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     where the run is not finished, the files are damaged or the images are others than it was trained with.
     """
     config = read_config(folder)
-    if not (Path(folder) / weights).exists():
-        raise InputError(f"{folder}: no {weights} in it; is the run finished? --resume {folder} goes on with it")
+    weights = _weights(folder, weights)
     cfg = resolve(Recipe("run", config["parameters"]), {})
     cfg.given = list(config["parameters"])
     images = data if isinstance(data, ImageSet) else load_images(cfg.data if data is None else data)
@@ -134,9 +136,33 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     if not str(config.get("device")).startswith(device.type):  # what was chosen there may not be had here
         cfg.precision = "auto"
     learn = learner_for(cfg, images, device)
-    load_weights(learn.model, Path(folder) / weights)
+    load_weights(learn.model, weights)
     _recall(learn, Path(folder), cfg, config)
     return learn, config
+
+
+def load_network(folder, device="auto"):
+    """The learner of a finished run for images of one's own, which needs none of the run's: config.json says how they
+    were normalised. InputError where the run is not finished or its weights are damaged."""
+    config = read_config(folder)
+    cfg = resolve(Recipe("run", config["parameters"]), {})
+    classes, n = tuple(config.get("classes") or ()), len(config.get("classes") or ())
+    if not config.get("mean"):  # a run of an earlier version
+        return load_run(folder, device)[0]
+    black = ImageSet(
+        config["data_name"], classes, np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2), n,
+        config["mean"], config["std"], config["data_fingerprint"], config["data_source"],
+    )  # fmt: skip
+    learn = cifar_learner(cifar_dls(black, bs=1, device=choose_device(device)), cfg.model)
+    load_weights(learn.model, _weights(folder, "model.pth"))
+    return learn
+
+
+def _weights(folder, name):
+    path = Path(folder) / name
+    if not path.exists():
+        raise InputError(f"{folder}: no {name} in it; is the run finished? --resume {folder} goes on with it")
+    return path
 
 
 def _recall(learn, folder, cfg, config):
@@ -158,10 +184,9 @@ def describe_run(folder):
     try:
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
         split, seconds = "valid" if metrics["test_accuracy"] is None else "test", metrics["seconds"]
-        epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
         took = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
-        return (f"{metrics['model']} on {metrics['dataset']}: {epochs} in {took} on {config.get('hardware')}; "
-                f"{split} accuracy {metrics[f'{split}_accuracy']:.2%}")  # fmt: skip
+        return (f"{metrics['model']} on {metrics['dataset']}: {in_epochs(metrics['epochs'])} in {took} "
+                f"on {config.get('hardware')}; {split} accuracy {metrics[f'{split}_accuracy']:.2%}")  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its metrics.json cannot be read ({error}); is the run finished?") from None
 
@@ -172,9 +197,9 @@ def run_config(recipe, cfg, images, learn):
     return {
         "recipe": recipe, "given": cfg.given, "parameters": {k: getattr(cfg, k) for k in BASE if k not in _NOT_KEPT},
         "data_name": images.name, "data_source": images.source, "data_fingerprint": images.fingerprint,
-        "note": images.note,
-        "classes": list(images.classes), "train_images": len(learn.dls.train_ds), "device": str(device),
-        "hardware": describe_machine(device), "precision": cfg.precision,
+        "note": images.note, "classes": list(images.classes), "mean": list(map(float, images.mean)),
+        "std": list(map(float, images.std)), "train_images": len(learn.dls.train_ds), "device": str(device),
+        "hardware": describe_machine(device), "precision": cfg.precision, "compiled": False,
         "eval_split": "test" if cfg.valid_pct is None else "valid", "versions": versions(),
     }  # fmt: skip
 
@@ -187,12 +212,17 @@ def versions():
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        found["git_commit"] = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    try:  # installed into an environment, the package may lie in a checkout of something else
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        found["git_commit"] = _git("rev-parse", "--short", "HEAD").strip()
     except (OSError, subprocess.SubprocessError):
         found["git_commit"] = None
     return found
+
+
+def _git(*words):
+    git = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout
 
 
 def describe_machine(device):

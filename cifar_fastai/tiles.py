@@ -21,9 +21,10 @@ class Tiles:
     """Misclassified images in any order and, where they were computed, their heatmaps.
 
     images: uint8 (K, H, W, 3); indices: int (K,), into the split; targets, predicted: K class names; confidence,
-    losses: float (K,); cam_predicted, cam_true: float (K, H, W) in 0..1, or None; negligible_predicted,
-    negligible_true: bool (K,), the maps that are labelled and not drawn, or None; caption: how the maps were made
-    ("GradCAM of layer3, 8 x 8 pixels"). Raises ValueError when they differ in length.
+    losses: float (K,); cam_predicted, cam_true: float (K, H, W) in 0..1, or None (with a method that explains no class
+    cam_true alone); negligible_predicted, negligible_true: bool (K,), the maps that are labelled and not drawn, or
+    None; caption: how the maps were made ("GradCAM of layer3, 8 x 8 pixels"). Raises ValueError when they differ in
+    length.
     """
 
     images: np.ndarray

@@ -18,12 +18,12 @@ from cifar_fastai.config import resolve
 from cifar_fastai.data import load_images
 from cifar_fastai.errors import InputError, RunError
 from cifar_fastai.files import held, sweep, write_json
-from cifar_fastai.history import History
+from cifar_fastai.history import History, in_epochs
 from cifar_fastai.loaders import test_dl
 from cifar_fastai.lr_finder import range_test
 from cifar_fastai.outputs import check_layers, write_results
 from cifar_fastai.plots import plot_lr_find, save_figure
-from cifar_fastai.precision import choose_device, choose_precision
+from cifar_fastai.precision import autocast, choose_device, choose_precision
 from cifar_fastai.progress import ConsoleProgress
 from cifar_fastai.recorder import DeviceProgress
 from cifar_fastai.resume import resume_command, run_to_resume, saved_run
@@ -135,7 +135,7 @@ def _prepared(name, cfg, device, fingerprint=None):
     learn = learner_for(cfg, images, device)
     check_layers(learn, cfg)
     n_images = cfg.epochs * len(learn.dls.train) * cfg.bs
-    compiled, why_compile = choose_compile(cfg.compile, device, precision, n_images)
+    compiled, why_compile = choose_compile(cfg.compile, device, n_images)
     config = run_config(name, cfg, images, learn)
     return SimpleNamespace(
         name=name, cfg=cfg, images=images, learn=learn, device=device, config=config, saved=None, folder=None,
@@ -157,9 +157,11 @@ def _print_header(run):
     peak = "found by a range test" if cfg.lr == "find" else f"{cfg.lr:g}"
     print(f"{cfg.model} on {images.name}: {len(train.dataset):,} train and {split} images of {len(images.classes)} "
           f"classes; {run.n_parameters:,} parameters")  # fmt: skip
+    print(f"images: {images.source}")
     print(f"{run.config['hardware']}: {cfg.precision} ({run.why_precision}), "
           f"{'compiled' if run.compiled else 'not compiled'} ({run.why_compile})")  # fmt: skip
-    print(f"{cfg.epochs} epochs of {len(train)} steps of {cfg.bs}; {cfg.opt}, {cfg.sched}, lr {peak}; seed {cfg.seed}")
+    print(f"{in_epochs(cfg.epochs)} of {len(train)} steps of {cfg.bs}; {cfg.opt}, {cfg.sched}, lr {peak}; "
+          f"seed {cfg.seed}")  # fmt: skip
     print(f"files: {run.folder}", flush=True)
 
 
@@ -219,7 +221,6 @@ def _is_out_of_memory(error):
 def _fitting_bs(run):
     """The largest of a half, a quarter, ... of the batch size with which a training step fits; None if none does."""
     learn, bs = run.learn, run.cfg.bs // 2
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.cfg.precision)
     while bs:
         learn._end_cleanup()
         learn.loss_grad = None
@@ -227,7 +228,7 @@ def _fitting_bs(run):
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            with torch.autocast(run.device.type, half, enabled=half is not None):
+            with autocast(run.device, run.cfg.precision):
                 out = learn.model.train().forward(torch.zeros(bs, 3, 32, 32, device=run.device))  # (bs, classes)
             F.cross_entropy(out.float(), torch.zeros(bs, dtype=torch.long, device=run.device)).backward()
             return bs
@@ -237,10 +238,10 @@ def _fitting_bs(run):
 
 def _compile(run):
     began = time.perf_counter()
-    batch, *_ = run.learn.dls.valid.one_batch()
-    batch = batch[: run.cfg.bs].as_subclass(torch.Tensor)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.cfg.precision)
-    failed = compile_model(run.learn.model, batch, torch.autocast(run.device.type, half, enabled=half is not None))
+    batch = torch.zeros(run.cfg.bs, 3, 32, 32, device=run.device)  # as training gives them
+    failed = compile_model(run.learn.model, batch, autocast(run.device, run.cfg.precision))
+    run.config["compiled"] = not failed
+    write_json(run.folder / "config.json", run.config)
     print(failed or f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -86,7 +86,7 @@ def prepare(data, device, precision, compile, bs, minutes, steps, repeats, quick
     check_name("--compile", compile, CHOICES["compile"])
     if quick and compile == "auto":
         compile = "no"
-    compiled, why_compiled = choose_compile(compile, device, precision, n_images=20 * 50_000)
+    compiled, why_compiled = choose_compile(compile, device, n_images=20 * 50_000)
     images = load_images(data)
     if quick:
         images = few_images(images, 600)

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_recipe
 from PIL import Image
 
-from cifar_fastai import config, gradcam, names
+from cifar_fastai import config, names
 from cifar_fastai.config import BASE, CHOICES, RANGES, Recipe, resolve
 from cifar_fastai.errors import InputError
 from cifar_fastai.presets import PRESETS
@@ -321,10 +321,6 @@ def test_names_in_the_help_are_those_that_are_taken(command):
     text = " ".join(command(["--help"])[1].split())
     for known in [PRESETS, *(CHOICES[flag] for flag in CHOICES if flag != "cam_method")]:
         assert all(name in text for name in known)
-
-
-def test_methods_are_those_of_gradcam():
-    assert tuple(gradcam.METHODS) == config.CAM_METHODS
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from cifar_fastai.errors import InputError
@@ -236,6 +236,40 @@ def test_any_picture_becomes_32_by_32(tmp_path):
     assert (load(Image.new("P", (32, 32)), "a.gif")[0] == 0).all()
     assert load(Image.new("CMYK", (32, 32)), "a.jpg")[0].shape == (32, 32, 3)
     assert load(Image.new("1", (3, 500)))[0].shape == (32, 32, 3)
+
+
+def test_odd_pictures(tmp_path):
+    floats = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    Image.fromarray(floats).save(tmp_path / "a.tif")
+    image, note = load_image(tmp_path / "a.tif")
+    assert note is None and image.min() == 0 and image.max() == 255, "not all of it black"
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    image, note = load_image(tmp_path / "a.gif")
+    assert note == "the first of 3 pictures" and (image == [255, 0, 0]).all()
+
+
+def test_exif_that_is_damaged_does_not_matter(tmp_path, monkeypatch):
+    """What cameras write is often odd; only the orientation in it counts."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 3, "a camera"
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    at = content.index(b"Exif\0\0") + 6
+    (tmp_path / "a.jpg").write_bytes(content[: at + 8] + b"\xff" * 24 + content[at + 32 :])
+    assert load_image(tmp_path / "a.jpg")[0][0, 0, 0] > 200
+    monkeypatch.setattr(Image.Image, "getexif", lambda image: 1 / 0)
+    assert load_image(tmp_path / "a.jpg")[0].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_as_pillow_turns_it(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png")[0], expected)
 
 
 def test_orientation_is_heeded(tmp_path):

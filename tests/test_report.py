@@ -9,16 +9,23 @@ import re
 import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from matplotlib import colormaps
 from PIL import Image
 
+from cifar_fastai import cifar_dls, cifar_learner
 from cifar_fastai.config import BASE
 from cifar_fastai.errors import InputError
+from cifar_fastai.gradcam import gradcam
+from cifar_fastai.outputs import error_tiles
+from cifar_fastai.predict import predict
 from cifar_fastai.report import LIMIT, Tiles, write_report
 
-HOSTILE = ("<script>alert(1)</script>", "\"'&</script><!--", "ok")
+HOSTILE = ("<script>alert(1)</script>", "\"'&</script><!--", "x\" onload=\"alert(1)")
 
 
 def make_run(folder, classes=("red", "green", "blue"), n=60, wrong=0.3, epochs=3, cams=True, seed=0, **metrics):
@@ -190,6 +197,58 @@ def test_pictures_are_the_images(run, tmp_path):
         assert (sheet[y : y + 32, x : x + 32] == images[tile["data-i"]]).all()
 
 
+def test_each_view_holds_the_heatmap_of_its_class(tmp_path):
+    """The sheets for the predicted and for the true class, tile by tile: JPEG, hence near, and far from each other."""
+    tiles = make_run(tmp_path, n=400)
+    page = Page(write_report(tmp_path, tiles))
+    css = re.findall(r"\.s(\d+) \.([pt])::after\{background-image:url\(data:image/jpeg;base64,([^)]*)\)", page.source)
+    sheets = {(number, view): np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), int)
+              for number, view, data in css}  # fmt: skip
+    maps = {"p": tiles.cam_predicted, "t": tiles.cam_true}
+    at = {str(index): k for k, index in enumerate(tiles.indices)}
+    for tile in page.tiles:
+        x, y = (32 * int(n) for n in re.match(r"--x:(\d+);--y:(\d+)", tile["style"]).groups())
+        for view, other in ("p", "t"), ("t", "p"):
+            drawn = sheets[tile["class"].split()[0].removeprefix("s"), view][y : y + 32, x : x + 32]
+
+            def apart(view, drawn=drawn, k=at[tile["data-i"]]):
+                return abs(drawn - (255 * colormaps["inferno"](maps[view][k])[..., :3])).mean()
+
+            assert apart(view) < 12 < apart(other)
+
+
+def test_errors_carry_the_heatmaps_of_both_their_classes(tiny_images, tiny_model):
+    with torch.no_grad():
+        tiny_model.linear.weight *= 100  # else next to nothing speaks for any class
+    learn = cifar_learner(cifar_dls(tiny_images, bs=6, device="cpu"), tiny_model)
+    cfg = SimpleNamespace(cam_layer="layer1", cam_method="GradCAM")
+    with learn.no_bar():
+        preds = predict(learn)
+        tiles = error_tiles(learn, learn.dls.valid, preds, cfg)
+    errors = preds.misclassified()
+    assert len(tiles) == len(errors) > 3 and tiles.indices.tolist() == preds.indices[errors].tolist()
+    x = torch.cat([x for x, _ in learn.dls.valid])[errors]
+    by_predicted, by_true = (gradcam(learn, x, ids[errors], "layer1") for ids in (preds.predicted, preds.targets))
+    np.testing.assert_allclose(tiles.cam_predicted, by_predicted.maps, atol=1e-5)
+    np.testing.assert_allclose(tiles.cam_true, by_true.maps, atol=1e-5)
+    assert not np.allclose(tiles.cam_predicted, tiles.cam_true)
+    assert tiles.caption == "GradCAM of layer1, 8 x 8 pixels"
+
+
+@pytest.mark.parametrize("method, used, both", [("EigenCAM", "EigenCAM", False), ("ScoreCAM", "GradCAM", True)])
+def test_methods_without_a_class_and_methods_that_take_days(tiny_images, tiny_model, tmp_path, method, used, both):
+    learn = cifar_learner(cifar_dls(tiny_images, bs=6, device="cpu"), tiny_model)
+    with learn.no_bar():
+        tiles = error_tiles(learn, learn.dls.valid, predict(learn), SimpleNamespace(cam_layer=None, cam_method=method))
+    assert tiles.caption.startswith(f"{used} of") and (tiles.cam_true is not None) == both
+    make_run(tmp_path, n=30)
+    names = np.array(["red", "green", "blue"])[np.arange(len(tiles)) % 3], np.array(["blue"] * len(tiles))
+    page = Page(write_report(tmp_path, replace(tiles, targets=names[0], predicted=names[1])))
+    views = [attrs["data-show"] for attrs in page.all("button") if "data-show" in attrs]
+    assert views == (["", "p", "t"] if both else ["", "p"])
+    assert ("for the true one" in page.text) == both
+
+
 def test_command_repeats_the_run(run):
     words = shlex.split(re.search(r"python recipes/.*?(?= Copy)", run[1].text)[0])
     assert words == ["python", "recipes/resnet18.py", "--epochs", "3", "--data", "/some where/it's",
@@ -210,15 +269,15 @@ def test_page_asks_for_nothing_and_runs_only_its_own_script(run):
 
 
 def test_class_names_are_escaped(tmp_path):
-    tiles = make_run(tmp_path, classes=HOSTILE, model="<b>net</b>", dataset='a"b')
+    tiles = make_run(tmp_path, classes=HOSTILE, model="<net>", dataset='a"b')
     change_json(tmp_path / "config.json", **{"</dt><script>": "<i>"})
     page = Page(write_report(tmp_path, tiles))
-    assert [attrs for _, attrs in page.elements if "onload" in attrs or "onerror" in attrs] == []
-    assert len(page.all("script")) == 2 and not page.all("b", id="net")
+    assert [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)] == []
+    assert len(page.all("script")) == 2 and not page.all("net")
     assert page.data["classes"] == list(HOSTILE)
     assert "alert(1)</script>" not in page.source
     assert "<script>alert(1)</script>" in page.text
-    assert page.metrics["model"] == "<b>net</b>"
+    assert page.metrics["model"] == "<net>"
 
 
 def test_page_stays_small_and_says_what_is_left_out(tmp_path):

@@ -234,7 +234,7 @@ def test_mouse_switches_a_tile(page):
     picture = f"[data-i='{index}'] .pic"
     assert view(page, index) == ["", "image."]
     page.hover(picture)
-    assert view(page, index) == ["+p", "Grad-CAM for the predicted class."]
+    assert view(page, index) == ["+p", "heatmap for the predicted class."]
     page.hover("h1")
     assert view(page, index) == ["", "image."]
     page.click(picture)
@@ -262,7 +262,7 @@ def test_tap_switches_a_tile(page):
 def test_negligible_heatmap_is_labelled_and_not_drawn(page, folder):
     first = errors(folder)[0]["index"]  # whose map for the predicted class make_run calls negligible
     page.click("[data-show=p]")
-    assert view(page, first)[1] == "Grad-CAM for the predicted class, negligible."
+    assert view(page, first)[1] == "heatmap for the predicted class, negligible."
     drawn = f"getComputedStyle(document.querySelector('[data-i=\"{first}\"] .p'), '::after').display"
     label = f"getComputedStyle(document.querySelector('[data-i=\"{first}\"] .pic'), '::after').content"
     assert page.run(drawn) == "none" and "negligible" in page.run(label)
@@ -314,9 +314,21 @@ def test_text_can_be_read(chromium, folder, width, dark):
         const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
         const light = color => { const [r, g, b] = color.match(/[\d.]+/g).map(v => linear(v / 255));
                                  return .2126 * r + .7152 * g + .0722 * b + .05; };
-        const paper = light(getComputedStyle(document.body).backgroundColor), low = [];
-        for (const e of document.querySelectorAll('p, dt, dd, h1, h2, h3, a, summary, small, caption, .tiles span')) {
-          const ink = light(getComputedStyle(e).color), ratio = Math.max(ink, paper) / Math.min(ink, paper);
+        const clear = 'rgba(0, 0, 0, 0)', low = [];
+        const ground = e => { const color = e ? getComputedStyle(e).backgroundColor : 'rgb(255, 255, 255)';
+                              return color === clear ? ground(e.parentElement) : color; };
+        const onPaper = color => {                     // what a half transparent cell is on the page's ground
+          const canvas = new OffscreenCanvas(1, 1).getContext('2d');
+          for (const style of [getComputedStyle(document.body).backgroundColor, color]) {
+            canvas.fillStyle = style;
+            canvas.fillRect(0, 0, 1, 1);
+          }
+          return `rgb(${canvas.getImageData(0, 0, 1, 1).data.slice(0, 3).join()})`; };
+        const words = 'p, dt, dd, h1, h2, h3, a, summary, small, caption, td, th, button, label, .tiles span';
+        for (const e of document.querySelectorAll(words)) {
+          if (!e.innerText.trim()) continue;
+          const ink = light(onPaper(getComputedStyle(e).color)), paper = light(onPaper(ground(e)));
+          const ratio = Math.max(ink, paper) / Math.min(ink, paper);
           if (ratio < 4.5) low.push([e.outerHTML.slice(0, 80), ratio]);
         }
         return low; })()""")

@@ -22,8 +22,9 @@
   const { classes, matrix } = JSON.parse(byId('data').textContent);
   const tiles = [...gallery.children];
   const heatmaps = gallery.querySelector('.p') !== null;
-  const views = heatmaps ? ['', 'p', 't'] : [''];
-  const names = { '': 'image', p: 'Grad-CAM for the predicted class', t: 'Grad-CAM for the true class' };
+  const classless = gallery.querySelector('.t') === null;  // a method that explains no class has one heatmap
+  const views = heatmaps ? classless ? ['', 'p'] : ['', 'p', 't'] : [''];
+  const names = { '': 'image', p: classless ? 'heatmap' : 'heatmap for the predicted class', t: 'heatmap for the true class' };
 
   // ---- which tiles, in which order
   const wanted = { t: null, p: null };            // class numbers, null for any
@@ -123,7 +124,7 @@
   gallery.addEventListener('keydown', event => {
     const tile = tileOf(event), at = shown.indexOf(tile);
     if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (heatmaps && '123'.includes(event.key)) {
+    if (views[event.key - 1] !== undefined) {
       delete tile.dataset.peek;
       return show(tile, views[event.key - 1]);
     }
