@@ -15,7 +15,6 @@ import tarfile
 import threading
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -586,7 +585,7 @@ def test_digits():
     shares = [np.bincount(labels, minlength=10) / len(labels) for labels in (images.train_labels, images.test_labels)]
     assert np.abs(shares[0] - shares[1]).max() < 0.005  # stratified
     assert images.fingerprint == load_images("digits").fingerprint
-    assert Counter(map(bytes, images.images)) and images.labels.dtype == np.int64
+    assert len(set(map(bytes, images.images))) > 1700 and images.labels.dtype == np.int64
 
 
 def test_digits_are_the_digits_of_their_labels():
