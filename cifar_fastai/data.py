@@ -14,7 +14,7 @@ from PIL import Image
 
 from cifar_fastai import cache
 from cifar_fastai.archives import cause, shown
-from cifar_fastai.decode import Decoded, channel_statistics, decode, find_source
+from cifar_fastai.decode import Decoded, channel_statistics, decode, find_source, in_notebook
 from cifar_fastai.errors import InputError
 
 __all__ = ["CIFAR10_CLASSES", "CIFAR10_MEAN", "CIFAR10_STD", "ImageSet", "load_images"]
@@ -191,7 +191,8 @@ def _fastai_copies():
             return copies
         failure = _probe(URLs.CIFAR)
         if failure is None:
-            with nullcontext() if sys.stdout.isatty() else redirect_stdout(io.StringIO()):  # the bar would flood a log
+            shown_well = sys.stdout.isatty() or in_notebook()
+            with nullcontext() if shown_well else redirect_stdout(io.StringIO()):  # the bar would flood a log
                 return [untar_data(URLs.CIFAR)]
     except Exception as error:  # of fastai, of the network, of the disk: the run may do without
         failure = cause(error)

@@ -17,7 +17,7 @@ from cifar_fastai.archives import MAX_FILE_BYTES, cause, open_source, shown
 from cifar_fastai.batches import BATCH_FILES, TEST_BATCH, TRAIN_BATCHES, read_batch, read_label_names
 from cifar_fastai.errors import InputError
 
-__all__ = ["Decoded", "channel_statistics", "decode", "find_source", "rgb"]
+__all__ = ["Decoded", "channel_statistics", "decode", "find_source", "in_notebook", "rgb"]
 
 SPLITS = ("train", "test")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -216,8 +216,22 @@ def _decode_batches(source, progress):
     return images, labels, classes, len(images) - len(parts[-1][0]), False
 
 
+def in_notebook():
+    """Whether Jupyter or Colab runs this."""
+    if "IPython" not in sys.modules:
+        return False
+    from fastprogress.core import in_notebook
+
+    return in_notebook()
+
+
 def _progress(items, total, text, on):
-    """Yield `items`, drawing on a terminal how many of `total` are done; a log file gets none of it."""
+    """Yield `items`, drawing how many of `total` are done on a terminal or in a notebook; a log gets none of it."""
+    if on and in_notebook():
+        from fastprogress import progress_bar
+
+        yield from progress_bar(items, total=total, leave=False, comment=text)
+        return
     on, drawn = on and sys.stderr.isatty(), 0.0
     try:
         for done, item in enumerate(items):

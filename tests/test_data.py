@@ -984,6 +984,19 @@ def test_progress_on_a_terminal_only(pets, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_progress_in_a_notebook_is_a_bar_of_fastprogress(pets, monkeypatch, capsys):
+    import fastprogress
+
+    monkeypatch.setattr("cifar_fastai.decode.in_notebook", lambda: True)
+    monkeypatch.setattr(fastprogress, "progress_bar", fastprogress.fastprogress.NBProgressBar)
+    images = load_images(pets)
+    out, err = capsys.readouterr()
+    assert "HTML object" in out and err == ""
+    shutil.rmtree(os.environ["CIFAR_FASTAI_CACHE"])
+    monkeypatch.undo()
+    assert same(images, load_images(pets))
+
+
 def test_importing_it_is_light():
     script = "import sys, cifar_fastai.data; print(*{'torch', 'fastai', 'sklearn', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, cwd=ROOT, timeout=120)

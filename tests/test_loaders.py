@@ -63,8 +63,8 @@ def test_training_is_shuffled_complete_and_afresh_each_epoch(tiny_images):
     every = torch.from_numpy(tiny_images.train_images).float()
     mean, std = (torch.tensor(v)[:, None, None] for v in (tiny_images.mean, tiny_images.std))
     sums = ((every / 255 - mean) / std).flatten(1).sum(1)
-    for sums_seen in one, two:  # 8 batches of 6: each of the 48 images once
-        torch.testing.assert_close(sums_seen.as_subclass(torch.Tensor).sort()[0], sums.float().sort()[0], atol=1e-2, rtol=0)
+    for seen in one, two:  # 8 batches of 6: each of the 48 images once
+        torch.testing.assert_close(seen.as_subclass(torch.Tensor).sort()[0], sums.float().sort()[0], atol=1e-2, rtol=0)
 
 
 def test_new_files_pil_images_and_rows_all_predict_alike(dls, tiny_images, tmp_path):

@@ -24,13 +24,13 @@ DIGITS = {'DATA = "auto"': 'DATA = "digits"'}
 SMALL = {
     "resnet18": DIGITS | {
         "SUBSET = None": "SUBSET = 80", "BS = 128": "BS = 8", "EPOCHS = 20": "EPOCHS = 1",
-        "valley, slide))": "valley, slide), num_it=40)", "EPOCHS, 0.15": "EPOCHS, 0.02",
+        "valley, slide))": "valley, slide), num_it=40)", "LR = 0.15": "LR = 0.02",
     },
     "custom_resnet": DIGITS | {
         "SUBSET = None": "SUBSET = 80", "BS = 512": "BS = 8", "EPOCHS = 24": "EPOCHS = 1",
-        "PEAK_EPOCH = 5": "PEAK_EPOCH = 0.25", "range_test(learn)": "range_test(learn, num_it=40)",
+        "range_test(learn)": "range_test(learn, num_it=40)",
     },
-    "explain": DIGITS,
+    "explain": DIGITS | {"EPOCHS = 3": "EPOCHS = 1"},
 }  # fmt: skip
 
 
@@ -152,13 +152,28 @@ def test_custom_resnet(folder):
     notebook = run("custom_resnet", folder)
     check(notebook, folder, pictures=7)
     found, recipe = parameters(folder, "custom_resnet")
-    small = "epochs", "bs", "pct_start", "lr", "lr_suggest"
+    small = "epochs", "bs", "lr", "lr_suggest"
     assert {name: found[name] for name in recipe if name not in small} == {
         name: value for name, value in recipe.items() if name not in small
     }
     assert recipe["epochs"] == 24 and recipe["bs"] == 512 and recipe["pct_start"] == 5 / 24
     asked = f'found.suggestions["{recipe["lr_suggest"]}"]'
     assert any(asked in cell.source for cell in code(notebook))
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_loaded(resnet18, folder):
+    notebook = run("resnet18", folder)
+    check(notebook, folder, pictures=10)
+    said = outputs(notebook)
+    assert "Loaded, not trained here: resnet18 on digits: 1 epoch in" in said and "holds this run" in said
+
+
+@pytest.mark.slow
+def test_explain_without_a_run_trains_one(tmp_path):
+    notebook = run("explain", tmp_path)
+    check(notebook, tmp_path, pictures=9)
+    assert (tmp_path / "runs" / "short" / "report.html").exists() and not (tmp_path / "runs" / "resnet18").exists()
 
 
 @pytest.mark.slow
