@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Integral, Real
@@ -24,7 +25,7 @@ from cifar_fastai.names import (
 )
 from cifar_fastai.presets import PRESETS
 
-__all__ = ["BASE", "Recipe", "parameters", "resolve"]
+__all__ = ["BASE", "Recipe", "command_line", "parameters", "resolve"]
 
 
 def parameters(
@@ -310,6 +311,22 @@ def _check_layers(settings, given):
     layers = settings["cam_layer"]
     if layers is not None and not all(re.fullmatch(r"\w+(\.\w+)*", name.strip()) for name in layers.split(",")):
         raise InputError(f"--cam-layer {layers}: give names of layers, separated by commas, as layer3 or layer2,layer3")
+
+
+def command_line(config, without=()):
+    """The command that repeats the run of a config.json in a folder of its own, quoted for a shell.
+
+    `without`: parameters that are left out. None where no recipe made the run.
+    """
+    if not config.get("recipe"):
+        return None
+    words = ["python", f"recipes/{config['recipe']}.py"]
+    for name, value in (config["given"] or {}).items():
+        if name in ("out", "resume", "debug", *without) or value is None or value is False:
+            continue
+        flag, text = "--" + name.replace("_", "-"), str(value)
+        words += [flag] if value is True else [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return shlex.join(words)
 
 
 _CHECKS = (_check_types, _check_lr, _check_names, _check_ranges, _check_together, _check_device, _check_layers)

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import math
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 
+from cifar_fastai.config import command_line
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
 from cifar_fastai.history import read_history
@@ -31,7 +31,6 @@ CONFIG = "recipe", "given", "parameters", "data_name", "classes", "hardware", "n
 METRICS = ("dataset", "model", "parameters", "epochs", "seed", "device", "precision", "eval_split", "train_accuracy",
            "valid_accuracy", "valid_loss", "test_accuracy", "tta_accuracy", "tta_shift_accuracy", "class_accuracy",
            "images_per_second", "seconds")  # fmt: skip
-NOT_FLAGS = ("out", "resume", "debug")  # a repeated run starts afresh, in a folder of its own
 
 # name, title, how to treat it in dark mode, and whether the explorer shows the same and more
 FIGURES = (
@@ -74,7 +73,7 @@ def write_report(run_dir, tiles=None):
         split=split, split_name={"test": "test", "valid": "validation"}[split], accuracy=metrics[f"{split}_accuracy"],
         eval_name="Validation" if metrics["eval_split"] == "valid" else "Test", hardware=config["hardware"],
         charts=_charts(history, metrics["eval_split"] or "test"), figures=_figures(run_dir, explorer=tiles is not None),
-        command=_command(config), given=config["given"] or {}, facts=_facts(config),
+        command=command_line(config), given=config["given"] or {}, facts=_facts(config),
         summary=_read_text(run_dir / "summary.txt"), n_images=int(matrix.sum()), n_errors=n_errors,
         classes=classes, matrix=matrix.tolist(), missed=(matrix.sum(1) - matrix.diagonal()).tolist(),
         taken=(matrix.sum(0) - matrix.diagonal()).tolist(), class_rows=_class_rows(predictions) if predictions else [],
@@ -125,19 +124,6 @@ def _read_json(path, missing=None):
         return value
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the folder of a run") from None
-
-
-def _command(config):
-    """The command line that repeats the run, quoted for a shell; None when the run does not say its recipe."""
-    if not config["recipe"]:
-        return None
-    words = ["python", f"recipes/{config['recipe']}.py"]
-    for name, value in (config["given"] or {}).items():
-        if name in NOT_FLAGS or value is None or value is False:
-            continue
-        flag, text = "--" + name.replace("_", "-"), str(value)
-        words += [flag] if value is True else [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-    return shlex.join(words)
 
 
 def _notes(config, metrics, epochs, planned):

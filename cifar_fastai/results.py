@@ -1,12 +1,12 @@
 """The runs that README quotes, kept in the repository, and the table that is made from them."""
 
 import json
-import shlex
 import shutil
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from cifar_fastai.config import command_line
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, write_json
 
@@ -55,7 +55,8 @@ def results_table(results):
     """Markdown: a row for each setting, with mean and standard deviation over its seeds, and its command."""
     groups = defaultdict(list)
     for config, metrics in results:
-        groups[_command(config), metrics["dataset"], metrics["hardware"], metrics["precision"]].append(metrics)
+        machine = metrics["hardware"], metrics["precision"]
+        groups[command_line(config, without=("seed",)), metrics["dataset"], *machine].append(metrics)
     lines = ["| data | network | epochs | seeds | test accuracy | with flip TTA | and shifts | training | hardware |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     commands = []
@@ -69,16 +70,6 @@ def results_table(results):
         seeds = sorted(run["seed"] for run in runs)
         commands.append(f"`{command} --seed {' | '.join(map(str, seeds))}`")
     return "\n".join([*lines, "", "The commands, row by row: " + "; ".join(commands) + "."])
-
-
-def _command(config):
-    """The command that repeats a run, but for its seed."""
-    words = ["python", f"recipes/{config['recipe']}.py"]
-    for name, value in config["given"].items():
-        if name not in ("seed", "out", "debug", "resume"):
-            flag = "--" + name.replace("_", "-")
-            words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words)
 
 
 def _percent(values):
