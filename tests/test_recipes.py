@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_recipe
+from test_report_browser import BROWSER, Chromium
 
 from cifar_fastai.presets import PRESETS
 
@@ -90,6 +91,23 @@ def test_explain_reads_the_run(finished, tmp_path, capsys):
     run_recipe("explain")["main"](run=str(out), n=2, out=str(tmp_path / "why.png"), data="digits")
     assert (tmp_path / "why.png").stat().st_size > 10_000
     assert "true" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium")
+def test_its_page_opens_in_a_browser(finished, tmp_path):
+    """All errors of a real run with the heatmaps of both classes, and no complaint of the browser."""
+    out, _ = finished
+    with open(out / "predictions.csv") as file:
+        wrong = sum(row["target"] != row["predicted"] for row in csv.DictReader(file))
+    browser = Chromium(tmp_path / "profile")
+    try:
+        browser.open(out / "report.html", width=390)
+        assert browser.run("document.querySelectorAll('#tiles > li .p + .t').length") == wrong > 0
+        browser.click("[data-show=t]")
+        assert browser.run("document.querySelectorAll('#tiles > li[data-view=t]').length") == wrong
+        assert browser.run("document.documentElement.scrollWidth") == 390 and browser.problems == []
+    finally:
+        browser.close()
 
 
 def test_help_answers_at_once_and_shows_the_recipes_own_defaults():
