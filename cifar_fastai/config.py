@@ -34,7 +34,7 @@ def parameters(
     model: str = None,  # resnet18, resnet34 or custom_resnet
     epochs: int = None,  # Passes over the train images
     bs: int = None,  # Batch size, lowered so that a small set still gives 20 steps an epoch
-    lr: str = None,  # Highest learning rate, or "find" to take it from a range test
+    lr: str = None,  # Highest learning rate (a default is lowered with bs), or "find" to take it from a range test
     lr_suggest: str = None,  # The suggestion that "--lr find" takes: valley, slide, steep or minimum
     opt: str = None,  # sgd, adam, adamw, radam, nadam, rmsprop (torch's); qhadam, larc, lamb, ranger (fastai's)
     momentum: float = None,  # Momentum, or Adam's first beta

@@ -17,7 +17,7 @@ from cifar_fastai.galleries import plot_augmentations as draw_augmentations
 from cifar_fastai.galleries import plot_gradcam as draw_gradcam
 from cifar_fastai.galleries import plot_tiles
 from cifar_fastai.gradcam import gradcam
-from cifar_fastai.outputs import augmentation_columns
+from cifar_fastai.outputs import augmentation_columns, class_names
 from cifar_fastai.plots import plot_class_accuracy as draw_class_accuracy
 from cifar_fastai.plots import plot_curves as draw_curves
 from cifar_fastai.plots import plot_schedule as draw_schedule
@@ -39,7 +39,8 @@ def plot_misclassified(self: Learner, n=10, dl=None, preds=None, n_cols=5, true=
     known = len(preds.misclassified(true=true, predicted=predicted))
     kind = (f" of {true}" if true else "") + (f" taken for {predicted}" if predicted else "")
     title = f"{len(chosen)} of {known} misclassified images{kind}, worst loss first"
-    return plot_tiles(images, *_words(preds, chosen), preds.losses[chosen], n_cols=n_cols, title=title)
+    return plot_tiles(images, *class_names(preds, chosen), preds.confidence[chosen], preds.losses[chosen],
+                      n_cols=n_cols, title=title)  # fmt: skip
 
 
 @patch
@@ -58,7 +59,8 @@ def plot_gradcam(self: Learner, n=10, layer=None, method="GradCAM", target="pred
     targets = list(ids.values()) if target == "both" else [ids.get(target, target)]
     layers = [layer] if layer is None or isinstance(layer, str) else layer
     heatmaps = [gradcam(self, x, target, layer, method) for layer in layers for target in targets]
-    return draw_gradcam(images, heatmaps, *_words(preds, chosen), alpha=alpha, classes=preds.classes)
+    return draw_gradcam(images, heatmaps, *class_names(preds, chosen), preds.confidence[chosen], alpha=alpha,
+                        classes=preds.classes)  # fmt: skip
 
 
 @patch
@@ -129,7 +131,3 @@ def _worst(preds, n, true=None, predicted=None):
         raise InputError(f"n {n}: give how many images to show, at least 1")
     return preds.misclassified(n, true, predicted)
 
-
-def _words(preds, chosen):
-    names = np.array(preds.classes, dtype=object)
-    return list(names[preds.targets[chosen]]), list(names[preds.predicted[chosen]]), preds.confidence[chosen]

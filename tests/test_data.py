@@ -1016,7 +1016,10 @@ def test_real_cifar10(tmp_path):
     assert np.bincount(images.test_labels).tolist() == [1000] * 10
     mean, std = decode.channel_statistics(images.train_images)
     assert np.allclose(mean, CIFAR10_MEAN, atol=0.003) and np.allclose(std, CIFAR10_STD, atol=0.006)
-    began = time.monotonic()
-    again = load_images(REAL)
-    assert time.monotonic() - began < 5  # 0.4 s on a machine that does nothing else
-    assert same(again, images)
+    took = []
+    for _ in range(5):  # the best of them: another process may have the disk or the cores
+        began = time.monotonic()
+        again = load_images(REAL)
+        took.append(time.monotonic() - began)
+        assert same(again, images)
+    assert min(took) < 1
