@@ -21,7 +21,7 @@ from cifar_fastai.decode import Decoded
 
 __all__ = ["cache_folder", "entries", "load", "store"]
 
-_VERSION = 1  # of what is stored, and of how images are decoded
+_VERSION = 2  # of what is stored, and of how images are decoded
 _DAY = 24 * 60 * 60  # seconds
 
 

@@ -29,7 +29,7 @@ def explain_run(run, images=(), layer=None, method="GradCAM", target="predicted"
     config = read_config(run)  # what is no run is said before what is no picture
     out = Path(out) if out is not None else Path(run) / "explain.png"
     _check(images, method, target, n, alpha, out)
-    learn = load_network(run, device) if images else load_run(run, device, data)[0]
+    learn = load_network(run, device, data) if images else load_run(run, device, data)[0]
     with learn.no_bar():
         layers = [name.strip() for name in layer.split(",")] if layer else [default_layer(learn)]
         for name in layers:  # a wrong name is said before the work, not after it

@@ -67,9 +67,9 @@ class CifarLearner(Learner):
                   "mom": one_cycle(pct_start, *moms, anneal)}  # fmt: skip
         self.fit(n_epoch, cbs=[ParamScheduler(scheds), *L(cbs)], reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
-    def _do_one_batch(self):
+    def one_batch(self, i, b):
         try:
-            super()._do_one_batch()
+            super().one_batch(i, b)
         except BaseException:  # a Ctrl-C in a notebook, too, would leave the rest of it in half precision
             for cb in self.cbs:
                 if isinstance(cb, Precision):

@@ -121,37 +121,44 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
     stratified part of so many of the rest. The same seed cuts the same rows. InputError where a split would be empty
     or could not hold every class.
     """
-    from sklearn.model_selection import train_test_split
-
     rows, n_classes = np.arange(images.n_train), len(images.classes)
-    if valid_pct is not None or subset is not None:
-        counts = np.bincount(images.train_labels, minlength=n_classes)
-        if counts.min() < 2:
-            raise InputError(f"class {images.classes[counts.argmin()]}: has {counts.min()} train image; "
-                             "to cut a part off train every class needs two")  # fmt: skip
     test = list(range(images.n_train, len(images.labels)))
     if valid_pct is not None:
         n_valid = round(valid_pct * len(rows))
         if n_valid < n_classes or len(rows) - n_valid < n_classes:
             raise InputError(f"--valid-pct {valid_pct}: cuts {n_valid} of {len(rows)} train images, "
                              f"too few on one side for {n_classes} classes")  # fmt: skip
-        rows, valid = train_test_split(rows, test_size=n_valid, stratify=images.labels[rows], random_state=split_seed)
-        rows, valid = np.sort(rows), np.sort(valid)
-        for part in (rows, valid):  # a stratified cut leaves out a class that is rare enough
-            missing = np.setdiff1d(np.arange(n_classes), images.labels[part])
-            if len(missing):
-                raise InputError(f"--valid-pct {valid_pct}: leaves no image of class {images.classes[missing[0]]} "
-                                 "on one side; give more, or less")  # fmt: skip
+        rows, valid = _stratified(images, rows, len(rows) - n_valid, split_seed, f"--valid-pct {valid_pct}")
+        _check_classes(images, valid, f"--valid-pct {valid_pct}")
     if subset is not None and subset > len(rows):
         raise InputError(f"--subset {subset}: there are {len(rows)} images to train on")
     if subset is not None and subset < n_classes:
         raise InputError(f"--subset {subset}: give at least one image for each of {n_classes} classes")
     if subset is not None and len(rows) - subset >= n_classes:
-        rows, _ = train_test_split(rows, train_size=subset, stratify=images.labels[rows], random_state=split_seed)
-        rows = np.sort(rows)
+        rows, _ = _stratified(images, rows, subset, split_seed, f"--subset {subset}")
     elif subset is not None:  # too few would be left out for a stratified cut
         rows = np.sort(np.random.default_rng(split_seed).permutation(rows)[:subset])
+    if valid_pct is not None or subset is not None:
+        _check_classes(images, rows, f"--valid-pct {valid_pct}" if subset is None else f"--subset {subset}")
     return rows.tolist(), test if valid_pct is None else valid.tolist()
+
+
+def _stratified(images, rows, n, seed, flag):
+    """`rows` cut in two, each class in proportion: `n` of them and the rest, both in order."""
+    from sklearn.model_selection import train_test_split
+
+    counts = np.bincount(images.labels[rows], minlength=len(images.classes))
+    if counts.min() < 2:
+        raise InputError(f"{flag}: class {images.classes[counts.argmin()]} has {counts.min()} of the images that are "
+                         "cut; every class needs 2")  # fmt: skip
+    part, rest = train_test_split(rows, train_size=n, stratify=images.labels[rows], random_state=seed)
+    return np.sort(part), np.sort(rest)
+
+
+def _check_classes(images, rows, flag):
+    missing = np.setdiff1d(np.arange(len(images.classes)), images.labels[rows])
+    if len(missing):  # a stratified cut leaves out a class that is rare enough
+        raise InputError(f"{flag}: leaves no image of class {images.classes[missing[0]]} on one side; give another")
 
 
 def default_bs(bs, n_train):

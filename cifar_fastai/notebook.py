@@ -35,7 +35,7 @@ def write_run(learn, folder=None):
     run = SimpleNamespace(
         learn=learn, cfg=cfg, folder=folder, log=history, images=dls.images, config=config, tensorboard=None,
         eval_split=config["eval_split"], n_parameters=sum(p.numel() for p in learn.model.parameters()),
-        test_dl=dls.valid if cfg.valid_pct is None else test_dl(dls),
+        test_dl=None if cfg.no_test else dls.valid if cfg.valid_pct is None else test_dl(dls),
     )  # fmt: skip
     write_json(folder / "config.json", config)
     write_history(folder / "history.csv", history.rows)

@@ -322,6 +322,7 @@ _TURNED = {  # how to put upright what an Exif orientation describes
 
 
 def _upright(image):
+    image.load()  # by which Pillow turns a TIFF itself
     try:  # not ImageOps.exif_transpose, which writes all of the Exif anew and fails where any of it is odd
         turn = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:

@@ -49,7 +49,8 @@ def write_report(run_dir, tiles=None):
     Reads config.json and, where they are, metrics.json, history.csv, predictions.csv, summary.txt and the figures.
     `tiles`: the errors with their images, or None for a page without them. A page stays under `LIMIT` bytes: the
     images are stored as JPEG when they would not fit otherwise, then the errors of the lowest losses are left out, and
-    the page says so. Raises InputError when `run_dir` is no run folder, ValueError when `tiles` disagree in length.
+    the page says so. Raises InputError when `run_dir` is no run folder or one of its files cannot be read, ValueError
+    when `tiles` disagree in length.
     """
     run_dir = Path(run_dir)
     config = dict.fromkeys(CONFIG) | _read_json(run_dir / "config.json")

@@ -26,8 +26,10 @@ def keep_result(run, folder):
     missing = [name for name in ("config.json", *_KEPT) if not (run / name).exists()]
     if missing:
         raise InputError(f"{run}: no {', '.join(missing)} in it; only a finished run can be kept")
-    target.mkdir(parents=True, exist_ok=True)
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    if not config.get("recipe"):
+        raise InputError(f"{run}: was made in a notebook; only a run that a command repeats can be kept")
+    target.mkdir(parents=True, exist_ok=True)
     for name in _PATHS:
         for values in (config["parameters"], config["given"]):
             if values.get(name) is not None:

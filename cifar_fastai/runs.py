@@ -25,8 +25,8 @@ from cifar_fastai.loaders import cifar_dls, default_bs, split_rows
 from cifar_fastai.precision import choose_device
 from cifar_fastai.schedule import one_cycle_steps
 
-__all__ = ["describe_machine", "describe_run", "learner_for", "load_network", "load_run", "make_folder", "read_config",
-           "run_config", "versions"]  # fmt: skip
+__all__ = ["describe_machine", "describe_run", "is_run", "learner_for", "load_network", "load_run", "make_folder",
+           "read_config", "run_config", "versions"]  # fmt: skip
 
 _NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
 _OF_THE_MACHINE = ("data", "device", "out", *_NOT_KEPT)
@@ -104,6 +104,11 @@ def _callbacks(cfg):
     return cbs
 
 
+def is_run(folder):
+    """Whether `folder` holds a run, finished or not; of one that is not `load_run` says how to go on with it."""
+    return any((Path(folder) / name).exists() for name in ("metrics.json", "checkpoint.pth"))
+
+
 def read_config(folder):
     """config.json of a run's folder as a dict; InputError where there is none that can be read."""
     path = Path(folder) / "config.json"
@@ -132,30 +137,40 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     if images.fingerprint != config.get("data_fingerprint"):
         raise InputError(f"{images.source}: not the images this run was trained with ({config.get('data_name')}); "
                          "say where those are with --data")  # fmt: skip
-    device = choose_device(device)
-    if not str(config.get("device")).startswith(device.type):  # what was chosen there may not be had here
-        cfg.precision = "auto"
+    device = _choose(device, cfg, config)
     learn = learner_for(cfg, images, device)
     load_weights(learn.model, weights)
     _recall(learn, Path(folder), cfg, config)
     return learn, config
 
 
-def load_network(folder, device="auto"):
+def load_network(folder, device="auto", data=None):
     """The learner of a finished run for images of one's own, which needs none of the run's: config.json says how they
-    were normalised. InputError where the run is not finished or its weights are damaged."""
+    were normalised. InputError where the run is not finished or its weights are damaged.
+
+    `data`, as for `load_run`, counts for a run of an earlier version, whose config.json does not say it.
+    """
     config = read_config(folder)
     cfg = resolve(Recipe("run", config["parameters"]), {})
     classes, n = tuple(config.get("classes") or ()), len(config.get("classes") or ())
     if not config.get("mean"):  # a run of an earlier version
-        return load_run(folder, device)[0]
+        return load_run(folder, device, data)[0]
+    device = _choose(device, cfg, config)
     black = ImageSet(
         config["data_name"], classes, np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2), n,
         config["mean"], config["std"], config["data_fingerprint"], config["data_source"],
     )  # fmt: skip
-    learn = cifar_learner(cifar_dls(black, bs=1, device=choose_device(device)), cfg.model)
+    learn = cifar_learner(cifar_dls(black, bs=1, device=device), cfg.model, precision=cfg.precision)
     load_weights(learn.model, _weights(folder, "model.pth"))
     return learn
+
+
+def _choose(device, cfg, config):
+    """The device; on another kind than the run's its precision is chosen anew, for it may not be had here."""
+    device = choose_device(device)
+    if not str(config.get("device")).startswith(device.type):
+        cfg.precision = "auto"
+    return device
 
 
 def _weights(folder, name):
@@ -169,7 +184,8 @@ def _recall(learn, folder, cfg, config):
     """Give `learn` the history and settings of the run in `folder`."""
     history, n_steps = learn.history, len(learn.dls.train)
     learn.settings = {name: value for name, value in vars(cfg).items() if name in BASE and name not in _OF_THE_MACHINE}
-    history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "versions")}
+    history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "compiled",
+                                                              "versions")}  # fmt: skip
     if (folder / "history.csv").exists():
         history.rows.extend(read_history(folder / "history.csv"))
     if cfg.sched == "one-cycle":

@@ -110,7 +110,8 @@ def _resumed(recipe, given, folder, stack):
     if not str(saved["config"]["device"]).startswith(device.type):  # what was chosen there may not be had here
         cfg.precision = saved["given"].get("precision", "auto")
     run = _prepared(recipe.name, cfg, device, fingerprint=saved["fingerprint"])
-    run.folder, run.saved, run.config = folder, saved, saved["config"] | run.config
+    compiled = {"compiled": saved["config"].get("compiled", False)}  # also where no epoch is left to compile for
+    run.folder, run.saved, run.config = folder, saved, saved["config"] | run.config | compiled
     try:
         run.learn.model.load_state_dict(saved["model"])
     except Exception as error:

@@ -985,15 +985,19 @@ def test_progress_on_a_terminal_only(pets, monkeypatch, capsys):
 
 
 def test_progress_in_a_notebook_is_a_bar_of_fastprogress(pets, monkeypatch, capsys):
-    import fastprogress
+    shown = []
 
-    monkeypatch.setattr("cifar_fastai.decode.in_notebook", lambda: True)
-    monkeypatch.setattr(fastprogress, "progress_bar", fastprogress.fastprogress.NBProgressBar)
-    images = load_images(pets)
-    out, err = capsys.readouterr()
-    assert "HTML object" in out and err == ""
+    def bar(items, **about):
+        shown.append(about)
+        return items
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar_fastai.decode.in_notebook", lambda: True)
+        patch.setattr("fastprogress.progress_bar", bar)
+        images = load_images(pets)
+    assert shown == [dict(total=len(images.images), leave=False, comment="decoding images")]
+    assert capsys.readouterr() == ("", "")
     shutil.rmtree(os.environ["CIFAR_FASTAI_CACHE"])
-    monkeypatch.undo()
     assert same(images, load_images(pets))
 
 

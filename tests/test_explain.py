@@ -1,13 +1,16 @@
 """recipes/explain.py: what it says and draws of a run's errors and of any image files, and what it refuses."""
 
+import json
 import shutil
+from pathlib import Path
 
-import numpy as np
 import pytest
+import sklearn.datasets
 from conftest import run_recipe
 from PIL import Image
 
 from cifar_fastai import load_run, predict_files
+from cifar_fastai.errors import InputError
 from cifar_fastai.explain import explain_run
 from cifar_fastai.predict import Predictions
 
@@ -20,11 +23,8 @@ def run(tiny, tmp_path):
 
 @pytest.fixture
 def photo(tmp_path):
-    """A red JPEG, wider than high."""
-    pixels = np.zeros((120, 200, 3), np.uint8)
-    pixels[..., 0] = 200
-    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    return tmp_path / "photo.jpg"
+    """An ordinary photograph, which comes with scikit-learn: 640 x 427."""
+    return Path(shutil.copy(Path(sklearn.datasets.__file__).parent / "images" / "china.jpg", tmp_path / "photo.jpg"))
 
 
 def listed(text):
@@ -63,11 +63,22 @@ def test_files_need_no_data_set(run, photo, tiny_folder, tmp_path, monkeypatch, 
         patch.setattr("cifar_fastai.runs.load_images", lambda *_: pytest.fail("the images were read"))
         picture = explain_run(moved, [photo], layer="layer1", out=tmp_path / "why.png")
     said = capsys.readouterr().out
-    assert picture.exists() and "photo.jpg" in said and "200 x 120, cropped" in said
+    assert picture.exists() and "photo.jpg" in said and "640 x 427, cropped" in said
     learn, _ = load_run(moved, data=str(tiny_folder))
     with learn.no_bar():
         (found,) = predict_files(learn, [photo])
     assert all(f"{name} {probability:.1%}" in said for name, probability in found.top3)
+
+
+def test_a_run_of_an_earlier_version_needs_its_data(run, photo, tiny_folder, tmp_path):
+    """Its config.json does not say how images were normalised; --data names them where they have moved."""
+    config = json.loads((run / "config.json").read_text())
+    del config["mean"], config["std"]
+    config["parameters"]["data"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="gone: not found"):
+        explain_run(run, [photo], layer="layer1")
+    assert explain_run(run, [photo], layer="layer1", data=str(tiny_folder)).exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The fast path gives what the usual path gives, and all that fastai does with a DataBlock goes on working."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,21 @@ def test_a_split_for_choosing_is_stratified_repeatable_and_apart_from_train(tiny
     assert not set(train) & set(valid) and max(train + valid) < tiny_images.n_train
     counts = np.bincount(tiny_images.labels[valid], minlength=len(tiny_images.classes))
     assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("n, given, says", [
+    (1, dict(valid_pct=0.3), "class blue has 1 of the images"), (1, dict(subset=20), "class blue has 1 of the images"),
+    (2, dict(valid_pct=0.1), "leaves no image of class blue"),
+    (2, dict(valid_pct=0.5, subset=8), "--subset 8: class blue has 1 of"),
+])  # fmt: skip
+def test_a_class_that_is_too_rare_to_be_cut(tiny_images, n, given, says):
+    """`n` blue images beside 32 others."""
+    labels = tiny_images.labels.copy()
+    labels[:48] = np.arange(48) % 2
+    labels[:n] = 2
+    with pytest.raises(InputError, match=says):
+        split_rows(replace(tiny_images, labels=labels), **given)
+    assert len(split_rows(replace(tiny_images, labels=labels))[0]) == 48
 
 
 def test_subset_comes_out_of_what_the_split_left(tiny_images):

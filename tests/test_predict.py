@@ -262,14 +262,17 @@ def test_exif_that_is_damaged_does_not_matter(tmp_path, monkeypatch):
     assert load_image(tmp_path / "a.jpg")[0].shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("kind", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_as_pillow_turns_it(tmp_path, orientation):
+def test_every_orientation_is_as_pillow_turns_it(tmp_path, orientation, kind):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png")[0], expected)
+    file = tmp_path / f"a.{kind}"
+    Image.fromarray(pixels).save(file, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    np.testing.assert_array_equal(load_image(file)[0], expected)
+    assert (expected != pixels).any() == (orientation > 1)
 
 
 def test_orientation_is_heeded(tmp_path):
