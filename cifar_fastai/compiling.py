@@ -1,5 +1,6 @@
 """torch.compile where it pays, and eager where it does not or fails."""
 
+import logging
 import shutil
 
 import torch
@@ -30,6 +31,7 @@ def compile_model(model, batch, autocast):
     `batch`: images (B, 3, H, W) as training will give them. In place, so that the names in its state dict, export and
     pickling stay as they were. Weights, batch-norm statistics and the CPU's random state are as before.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
     try:

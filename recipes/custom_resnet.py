@@ -1,6 +1,8 @@
 """The custom ResNet of the one-cycle assignment: 24 epochs, found LR, peak at epoch 5, no annihilation.
 
     python recipes/custom_resnet.py
+
+Its accuracy and time are not measured yet; an image costs two thirds of ResNet18's multiplications.
 """
 
 from fastcore.meta import delegates

@@ -1,6 +1,9 @@
 """ResNet18 on CIFAR-10: 20 epochs of one cycle.
 
     python recipes/resnet18.py
+
+Measured with --epochs 3 on CIFAR-10 (JPEG copy), one seed: 79.73 %, with flip TTA 80.11 %, after 75 minutes on 2
+threads of an AMD EPYC in fp32. Its 20 epochs are not measured yet.
 """
 
 from fastcore.meta import delegates

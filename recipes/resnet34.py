@@ -1,6 +1,8 @@
 """ResNet34 on CIFAR-10: as resnet18.py, with the deeper network.
 
     python recipes/resnet34.py
+
+Its accuracy and time are not measured yet; an image costs 2.1 times ResNet18's multiplications.
 """
 
 from fastcore.meta import delegates
