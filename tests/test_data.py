@@ -24,6 +24,7 @@ from PIL import Image
 from cifar_fastai import archives, batches, cache, data, decode
 from cifar_fastai.data import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, load_images
 from cifar_fastai.errors import InputError
+from cifar_fastai.predict import load_image
 
 CLASSES = ("cat", "dog")
 
@@ -192,9 +193,12 @@ def test_grey_transparent_and_capital_names(tmp_path):
     file = io.BytesIO()
     Image.new("RGBA", (32, 32), (1, 2, 3, 4)).save(file, "PNG")
     files["train/cat/rgba.png"] = file.getvalue()
-    images = load_images(write_folder(tmp_path / "pets", files)).images
+    folder = write_folder(tmp_path / "pets", files)
+    images = load_images(folder).images
     assert images[3].reshape(3, -1).T.tolist() == [[7, 7, 7]] * 1024
-    assert images[4].reshape(3, -1).T.tolist() == [[1, 2, 3]] * 1024
+    assert images[4].reshape(3, -1).T.tolist() == [[251, 251, 251]] * 1024  # 4 / 255 of the colour, the rest is white
+    for k, name in (3, "GREY.PNG"), (4, "rgba.png"):  # a network must see what it was trained on
+        assert (load_image(folder / "train" / "cat" / name)[0].transpose(2, 0, 1) == images[k]).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
