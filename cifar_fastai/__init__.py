@@ -11,8 +11,7 @@ _HOMES = {  # no name that is also a module's: `cifar_fastai.predict` would be o
     "ImageSet": "data", "load_images": "data", "cifar_dls": "loaders", "cifar_block": "loaders", "test_dl": "loaders",
     "CutOut": "augment", "RandomCrop": "augment", "RandomFlip": "augment", "create_model": "models",
     "resnet18": "models", "resnet34": "models", "custom_resnet": "models", "cifar_learner": "learner",
-    "range_test": "lr_finder", "load_run": "runs", "describe_run": "runs", "is_run": "runs",
-    "write_run": "notebook",
+    "range_test": "lr_finder", "load_run": "runs", "describe_run": "runs", "is_run": "runs", "write_run": "notebook",
     "Predictions": "predict", "predict_files": "predict", "Heatmaps": "gradcam", "cam_layers": "gradcam",
     "write_report": "report",
 }  # fmt: skip

@@ -151,11 +151,11 @@ def load_network(folder, device="auto", data=None):
     `data`, as for `load_run`, counts for a run of an earlier version, whose config.json does not say it.
     """
     config = read_config(folder)
-    cfg = resolve(Recipe("run", config["parameters"]), {})
-    classes, n = tuple(config.get("classes") or ()), len(config.get("classes") or ())
     if not config.get("mean"):  # a run of an earlier version
         return load_run(folder, device, data)[0]
-    device = _choose(device, cfg, config)
+    cfg = resolve(Recipe("run", config["parameters"]), {})
+    device, classes = _choose(device, cfg, config), tuple(config["classes"])
+    n = len(classes)
     black = ImageSet(
         config["data_name"], classes, np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2), n,
         config["mean"], config["std"], config["data_fingerprint"], config["data_source"],
@@ -184,8 +184,8 @@ def _recall(learn, folder, cfg, config):
     """Give `learn` the history and settings of the run in `folder`."""
     history, n_steps = learn.history, len(learn.dls.train)
     learn.settings = {name: value for name, value in vars(cfg).items() if name in BASE and name not in _OF_THE_MACHINE}
-    history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "compiled",
-                                                              "versions")}  # fmt: skip
+    about = "device", "hardware", "precision", "compiled", "versions"
+    history.origin = {name: config.get(name) for name in about}
     if (folder / "history.csv").exists():
         history.rows.extend(read_history(folder / "history.csv"))
     if cfg.sched == "one-cycle":

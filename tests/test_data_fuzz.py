@@ -147,7 +147,7 @@ def test_mutated_gzip(changes):
 
 
 names = st.one_of(
-    st.sampled_from(["../x.png", "/tmp/x.png", "pets/../../x.png", "pets/train/cat/x.png", "pets/train/cat", "pets",
+    st.sampled_from(["../x.png", "/x.png", "pets/../../x.png", "pets/train/cat/x.png", "pets/train/cat", "pets",
                      "pets/train/<b>/x.png", "pets/test/cat/0.png", ".", "", "pets/train/cat/x\n.png", "pets//train",
                      "C:\\x.png", "pets/train/cat/x/y.png", "other/train/cat/x.png", "pets/train/\udcff/x.png"]),
     st.lists(st.sampled_from(["pets", "train", "test", "cat", "cow", "..", ".", "a.png", "é", "x" * 120]), min_size=1,
