@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from cifar_fastai.errors import InputError
-from cifar_fastai.gradcam import default_layer, gradcam
-from cifar_fastai.loaders import test_dl
+from cifar_fastai.gradcam import default_layer, gradcam, layer_names
+from cifar_fastai.loaders import reported_dl
 from cifar_fastai.names import CAM_METHODS, check_name
 from cifar_fastai.outputs import class_names, normalised, pixels
 from cifar_fastai.plots import plot_gradcam, save_figure
@@ -37,8 +37,8 @@ def explain_run(run, images=(), layer=None, method="GradCAM", target="predicted"
         if images:
             figure = explain_files(learn, images, layers, method, target, alpha)
         else:
-            split = "valid" if config["parameters"].get("no_test") else "test"
-            dl = learn.dls.valid if split == "valid" else test_dl(learn.dls)
+            asked = config["parameters"]
+            split, dl = reported_dl(learn.dls, asked.get("valid_pct"), asked.get("no_test"))
             figure = explain_errors(learn, layers, method, target, n, alpha, split, dl)
     save_figure(figure, out)
     print(f"picture: {out}")
@@ -59,8 +59,11 @@ def _check(images, method, target, n, alpha, out):
         raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
 
 
-def explain_files(learn, files, layers, method="GradCAM", target="predicted", alpha=0.5):
-    """A Figure of heatmaps for image files, the table of their three most probable classes printed."""
+def explain_files(learn, files, layer=None, method="GradCAM", target="predicted", alpha=0.5):
+    """A Figure of heatmaps for image files, the table of their three most probable classes printed.
+
+    `layer`, `method`: as for `learn.plot_gradcam`; `target`: "predicted", a class id or the name of a class.
+    """
     found = predict_files(learn, files)
     width = max(len(str(item.file)) for item in found)
     for item in found:
@@ -69,14 +72,15 @@ def explain_files(learn, files, layers, method="GradCAM", target="predicted", al
     x = image_batch(learn, [item.image for item in found])  # (N, 3, 32, 32)
     predicted, confidence = zip(*(item.top3[0] for item in found), strict=True)
     explained = [int(item.probs.argmax()) for item in found] if target == "predicted" else target
-    heat = [gradcam(learn, x, explained, name, method) for name in layers]
+    heat = [gradcam(learn, x, explained, name, method) for name in layer_names(layer)]
     return plot_gradcam(np.stack([item.image for item in found]), heat, [None] * len(found), predicted, confidence,
                         alpha=alpha, classes=found[0].classes)  # fmt: skip
 
 
-def explain_errors(learn, layers, method="GradCAM", target="predicted", n=10, alpha=0.5, split="test", dl=None):
+def explain_errors(learn, layer=None, method="GradCAM", target="predicted", n=10, alpha=0.5, split="test", dl=None):
     """A Figure of heatmaps for the `n` worst errors, their table printed.
 
+    `layer`, `method`, `target`: as for `learn.plot_gradcam`, without "both".
     `dl` (default `learn.dls.valid`) holds the images, `split` is what they are called.
     """
     dl = learn.dls.valid if dl is None else dl
@@ -92,7 +96,7 @@ def explain_errors(learn, layers, method="GradCAM", target="predicted", n=10, al
     explained = {"true": predictions.targets, "predicted": predictions.predicted}.get(target)
     explained = target if explained is None else explained[chosen]
     x = normalised(dl, chosen)
-    heat = [gradcam(learn, x, explained, name, method) for name in layers]
+    heat = [gradcam(learn, x, explained, name, method) for name in layer_names(layer)]
     return plot_gradcam(pixels(dl, chosen), heat, true, predicted, predictions.confidence[chosen], alpha=alpha,
                         classes=predictions.classes)  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch import nn
 from cifar_fastai.errors import InputError
 from cifar_fastai.names import CAM_METHODS, CLASSLESS, PER_CHANNEL, check_name
 
-__all__ = ["METHODS", "MIN_MAP", "Heatmaps", "cam_layers", "default_layer", "gradcam"]
+__all__ = ["METHODS", "MIN_MAP", "Heatmaps", "cam_layers", "default_layer", "gradcam", "layer_names"]
 
 MIN_MAP = 5  # pixels a side; smaller maps are refused
 NOISE = 1e-6  # of what was added up: a map below it is rounding error
@@ -87,6 +87,11 @@ def cam_layers(learn, size=32):
     model = _model(learn)
     with _borrowed(model) as device:
         return _map_sizes(model, torch.zeros(1, 3, size, size, device=device))[0]
+
+
+def layer_names(layer):
+    """A list of the layers that are meant: by one name, by several, or by None, for the default."""
+    return [layer] if layer is None or isinstance(layer, str) else list(layer)
 
 
 def default_layer(learn, size=32):

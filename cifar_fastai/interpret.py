@@ -16,7 +16,7 @@ from cifar_fastai.errors import InputError
 from cifar_fastai.galleries import plot_augmentations as draw_augmentations
 from cifar_fastai.galleries import plot_gradcam as draw_gradcam
 from cifar_fastai.galleries import plot_tiles
-from cifar_fastai.gradcam import gradcam
+from cifar_fastai.gradcam import gradcam, layer_names
 from cifar_fastai.outputs import augmentation_columns, class_names
 from cifar_fastai.plots import plot_class_accuracy as draw_class_accuracy
 from cifar_fastai.plots import plot_curves as draw_curves
@@ -38,7 +38,7 @@ def plot_misclassified(self: Learner, n=10, dl=None, preds=None, n_cols=5, true=
     _, images = split_batch(self, dl, chosen)
     known = len(preds.misclassified(true=true, predicted=predicted))
     kind = (f" of {true}" if true else "") + (f" taken for {predicted}" if predicted else "")
-    title = f"{len(chosen)} of {known} misclassified images{kind}, worst loss first"
+    title = f"{len(chosen)} of {known:,} misclassified images{kind}, worst loss first"
     return plot_tiles(images, *class_names(preds, chosen), preds.confidence[chosen], preds.losses[chosen],
                       n_cols=n_cols, title=title)  # fmt: skip
 
@@ -57,8 +57,7 @@ def plot_gradcam(self: Learner, n=10, layer=None, method="GradCAM", target="pred
     x, images = split_batch(self, dl, chosen)
     ids = {"predicted": preds.predicted[chosen], "true": preds.targets[chosen]}
     targets = list(ids.values()) if target == "both" else [ids.get(target, target)]
-    layers = [layer] if layer is None or isinstance(layer, str) else layer
-    heatmaps = [gradcam(self, x, target, layer, method) for layer in layers for target in targets]
+    heatmaps = [gradcam(self, x, target, name, method) for name in layer_names(layer) for target in targets]
     return draw_gradcam(images, heatmaps, *class_names(preds, chosen), preds.confidence[chosen], alpha=alpha,
                         classes=preds.classes)  # fmt: skip
 
@@ -78,7 +77,8 @@ def plot_curves(self: Learner):
     InputError where there were none.
     """
     history = _history(self)
-    return draw_curves(history.rows, "test" if self.settings.get("valid_pct") is None else "valid")
+    settings = getattr(self, "settings", {})
+    return draw_curves(history.rows, "test" if settings.get("valid_pct") is None else "valid")
 
 
 @patch
@@ -123,6 +123,9 @@ def _history(learn):
 
 def _predicted(learn, dl, preds):
     dl = learn.dls.valid if dl is None else dl
+    if preds is not None and len(preds) != len(dl.dataset):
+        raise InputError(f"preds: predictions of {len(preds):,} images, and the split has {len(dl.dataset):,}; "
+                         "give the dl that they were made with, too")  # fmt: skip
     return dl, predict(learn, dl) if preds is None else preds
 
 

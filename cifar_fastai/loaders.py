@@ -14,7 +14,7 @@ from cifar_fastai.data import ImageSet, load_images
 from cifar_fastai.errors import InputError
 from cifar_fastai.precision import choose_device
 
-__all__ = ["ArrayDL", "augmentations", "cifar_block", "cifar_dls", "default_bs", "split_rows", "test_dl"]
+__all__ = ["ArrayDL", "augmentations", "cifar_block", "cifar_dls", "default_bs", "reported_dl", "split_rows", "test_dl"]
 
 MIN_STEPS = 20  # per epoch: a small set gets smaller batches
 
@@ -204,6 +204,8 @@ def cifar_dls(images="auto", bs=128, valid_pct=None, split_seed=42, subset=None,
     default); `dls.valid` is the test split, or with `valid_pct` a part of train. `dls.images` is the ImageSet,
     `dls.settings` what the loaders were made with. InputError for settings that do not fit the data.
     """
+    from cifar_fastai import interpret  # noqa: F401  (it gives DataLoaders plot_augmentations)
+
     images = images if isinstance(images, ImageSet) else load_images(images)
     splits = split_rows(images, valid_pct, split_seed, subset)
     if bs > len(splits[0]):
@@ -226,3 +228,10 @@ def test_dl(dls):
 
 
 test_dl.__test__ = False  # pytest takes the name for a test
+
+
+def reported_dl(dls, valid_pct=None, no_test=False):
+    """(split, DataLoader) of what a run reports at its end: "test", or "valid" where it may not read the test split."""
+    if no_test:
+        return "valid", dls.valid
+    return "test", dls.valid if valid_pct is None else test_dl(dls)

@@ -53,7 +53,8 @@ def untouched(learn):
 def range_test(learn, start_lr=1e-5, end_lr=10, num_it=100):
     """Train `num_it` steps while the learning rate grows from `start_lr` to `end_lr`; a RangeTest.
 
-    On train images alone; the learner and the random states are afterwards as before. Smith: Cyclical Learning Rates
+    On train images alone; the learner and the random states are afterwards as before, but for `learn.range_test`, which
+    keeps the result for `write_run`. Smith: Cyclical Learning Rates
     for Training Neural Networks, arXiv:1506.01186. RunError when the loss is never a number.
     """
     model_dir = learn.model_dir
@@ -70,7 +71,8 @@ def range_test(learn, start_lr=1e-5, end_lr=10, num_it=100):
     lrs, losses = lrs[:finite], losses[:finite]
     if len(lrs) < 10:
         raise RunError(f"the range test saw only {len(lrs)} steps with a finite loss; try a lower start")
-    return RangeTest(lrs, losses, _suggest(lrs, losses, num_it))
+    learn.range_test = RangeTest(lrs, losses, _suggest(lrs, losses, num_it))
+    return learn.range_test
 
 
 def _suggest(lrs, losses, num_it):

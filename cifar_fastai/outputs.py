@@ -15,6 +15,7 @@ from cifar_fastai.files import atomic_write, write_json
 from cifar_fastai.galleries import plot_augmentations, plot_gradcam, plot_tiles
 from cifar_fastai.gradcam import default_layer, gradcam
 from cifar_fastai.history import in_epochs
+from cifar_fastai.loaders import reported_dl
 from cifar_fastai.names import CLASSLESS, PER_CHANNEL
 from cifar_fastai.plots import (
     plot_class_accuracy,
@@ -36,14 +37,16 @@ def write_results(run):
     """Evaluate `run.learn` and write everything that a run's folder holds beside its history."""
     learn, cfg, folder = run.learn, run.cfg, run.folder
     with learn.no_bar():
-        dl = learn.dls.valid if run.test_dl is None else run.test_dl
-        split = "valid" if run.test_dl is None else "test"
+        split, dl = reported_dl(learn.dls, cfg.valid_pct, cfg.no_test)
+        print(f"\nevaluating {len(dl.dataset):,} {split} images, {N_VIEWS} views of each", flush=True)
         began = time.perf_counter()
         plain, flip, shift = predict(learn, dl, tta=(None, "flip", "shift"))
         one_pass = (time.perf_counter() - began) / N_VIEWS
         plain.to_csv(folder / "predictions.csv")
         save_torch(folder / "model.pth", learn.model.state_dict())
         export(learn, folder / "learner.pkl")
+        n_errors = min(len(plain.errors), MAX_TILES)
+        print(f"drawing, and explaining {n_errors:,} errors", flush=True)
         began = time.perf_counter()
         pictures = _draw(run, plain, dl, split)
         tiles = error_tiles(learn, dl, plain, cfg)

@@ -4,6 +4,7 @@ matplotlib finds out how wide a text is when it draws; here it is asked before, 
 and figures made large enough. Names are shown letter by letter: `$` and `_` are no mathematics.
 """
 
+import base64
 import io
 import re
 from functools import lru_cache
@@ -23,13 +24,20 @@ MARGIN, GAP = 0.15, 0.08  # inches: around a page, between two images
 
 
 class Picture(Figure):
-    """A Figure that a notebook shows, once, without `%matplotlib inline` and without pyplot, which it never meets."""
+    """A Figure that a notebook shows, once, without `%matplotlib inline` and without pyplot, which it never meets.
 
-    def _repr_png_(self):
+    It shows itself: the formatter that `inline` registers for every Figure would draw it coarser, and would leave out
+    one without axes.
+    """
+
+    def _ipython_display_(self):
+        from IPython.display import display
+
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=DPI)
         width, height = self.get_size_inches() * 100  # drawn with more pixels than it takes on the screen
-        return file.getvalue(), {"width": round(width), "height": round(height)}
+        shown = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": repr(self)}
+        display(shown, raw=True, metadata={"image/png": {"width": round(width), "height": round(height)}})
 
 
 class Page:

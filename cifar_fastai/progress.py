@@ -27,12 +27,16 @@ class ConsoleProgress(Callback):
         if not self.on or self.began is None or now - self.drawn < self.every:
             return
         self.drawn = now
-        what = "train" if self.training else "evaluate"
-        left = (now - self.began) / self.done * (self.n_epoch - self.epoch - self.pct_epoch) * len(self.dls.train)
-        minutes, seconds = divmod(int(left), 60)
-        filled = int(20 * (self.iter + 1) / self.n_iter)
-        bar = f"[{'=' * filled:<20}] {what}, {minutes}:{seconds:02} left"
-        sys.stderr.write(f"\r{self.epoch + 1:>3}/{self.n_epoch:<3}  {bar} \033[K")
+        if hasattr(self.learn, "lr_finder"):  # a fit that ends within an epoch
+            num_it = self.learn.lr_finder.num_it
+            head, what, share, steps = " " * 7, "range test", self.done / num_it, num_it - self.done
+        else:
+            head, what = f"{self.epoch + 1:>3}/{self.n_epoch:<3}", "train" if self.training else "evaluate"
+            share = (self.iter + 1) / self.n_iter
+            steps = (self.n_epoch - self.epoch - self.pct_epoch) * len(self.dls.train)
+        minutes, seconds = divmod(int((now - self.began) / self.done * steps), 60)
+        bar = f"[{'=' * int(20 * share):<20}] {what}, {minutes}:{seconds:02} left"
+        sys.stderr.write(f"\r{head}  {bar} \033[K")
         sys.stderr.flush()
 
     @property
@@ -40,6 +44,12 @@ class ConsoleProgress(Callback):
         return (self.iter + 1) / self.n_iter if self.training else 1.0
 
     def after_validate(self):
+        self._clear()
+
+    def after_fit(self):
+        self._clear()
+
+    def _clear(self):
         if self.on:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()

@@ -1,7 +1,6 @@
 """Trials to choose by: settings times seeds, on a validation split, a line of csv for each."""
 
 import csv
-import json
 import runpy
 import shlex
 from pathlib import Path
@@ -11,6 +10,9 @@ from fastcore.script import anno_parser
 from cifar_fastai.config import resolve
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
+from cifar_fastai.history import read_history
+from cifar_fastai.runs import read_config
+from cifar_fastai.signals import Stopped
 from cifar_fastai.train import train
 
 __all__ = ["COLUMNS", "read_settings", "sweep"]
@@ -22,7 +24,8 @@ _FIXED = ("seed", "valid_pct", "no_test", "out", "resume")  # the sweep's own to
 def sweep(settings, seeds="1,2,3", valid_pct=0.1, out="sweep.csv", runs="runs/sweep"):
     """Train each line of the file `settings` with each of `seeds` (text, "1,2,3") and write `out`; its rows.
 
-    A trial that stands in `out` is not run again, so that a sweep can be broken off and longer lists given later.
+    A trial that stands in `out` is not run again, and one that was broken off goes on from its last epoch: the same
+    call goes on with a sweep, also with a longer list. Of a trial, `runs` keeps config.json and history.csv alone.
     InputError for settings or seeds that no run could take, before the first one starts.
     """
     recipe, lines = read_settings(settings)
@@ -43,17 +46,45 @@ def sweep(settings, seeds="1,2,3", valid_pct=0.1, out="sweep.csv", runs="runs/sw
     for line, seed, trial in trials:
         if any(row["settings"] == line and row["seed"] == str(seed) for row in rows):
             continue
-        number = 1
-        while (Path(runs) / f"{number:03}").exists():
-            number += 1
-        folder = train(recipe, trial | {"out": str(Path(runs) / f"{number:03}")})
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        rows.append(dict(zip(COLUMNS, (line, str(seed), metrics["valid_accuracy"], metrics["seconds"]), strict=True)))
+        folder = _begun(recipe, trial, runs)
+        given = trial | {"out": _new(runs)} if folder is None else {"resume": str(folder)}
+        try:
+            folder = train(recipe, given, finish=_nothing)
+        except (Stopped, OSError) as error:
+            error.resume = "the same command"
+            raise
+        epochs = read_history(folder / "history.csv")
+        seconds = round(sum(epoch["seconds"] for epoch in epochs), 1)
+        rows.append(dict(zip(COLUMNS, (line, str(seed), epochs[-1]["valid_accuracy"], seconds), strict=True)))
         with atomic_write(out) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
     return rows
+
+
+def _begun(recipe, trial, runs):
+    """The folder in `runs` of this trial where it was broken off after an epoch, or None."""
+    cfg = resolve(recipe, trial)
+    wanted = recipe.name, {name: getattr(cfg, name) for name in trial}
+    for path in sorted(Path(runs).glob("*/checkpoint.pth")):
+        config = read_config(path.parent)
+        given = {name: value for name, value in config["given"].items() if name != "out"}
+        if (config["recipe"], given) == wanted:
+            return path.parent
+    return None
+
+
+def _new(runs):
+    """The name of a folder in `runs` that is not there yet: 001, 002, ..."""
+    number = 1
+    while (Path(runs) / f"{number:03}").exists():
+        number += 1
+    return str(Path(runs) / f"{number:03}")
+
+
+def _nothing(run):
+    """What is done with a trained trial: TTA, heatmaps and pictures take longer than a short trial's training."""
 
 
 def read_settings(path, recipe="resnet18"):

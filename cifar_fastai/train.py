@@ -19,7 +19,6 @@ from cifar_fastai.data import load_images
 from cifar_fastai.errors import InputError, RunError
 from cifar_fastai.files import held, sweep, write_json
 from cifar_fastai.history import History, in_epochs
-from cifar_fastai.loaders import test_dl
 from cifar_fastai.lr_finder import range_test
 from cifar_fastai.outputs import check_layers, write_results
 from cifar_fastai.plots import plot_lr_find, save_figure
@@ -36,11 +35,12 @@ from cifar_fastai.tensorboard import TensorBoardLog
 __all__ = ["find_lr", "train"]
 
 
-def train(recipe, given):
+def train(recipe, given, finish=None):
     """Train, evaluate and explain one network as `recipe` (a Recipe) and `given` (a dict of parameters) say.
 
-    Returns the run's folder. InputError for what cannot be, RunError for what went wrong, Stopped by a signal; up to
-    the last finished epoch all is kept, and `--resume` goes on from there.
+    `finish` takes the trained run and by default writes all that a run's folder holds. Returns the folder. InputError
+    for what cannot be, RunError for what went wrong, Stopped by a signal; up to the last finished epoch all is kept,
+    and `--resume` goes on from there.
     """
     with catch_signals(), ExitStack() as stack:
         folder = None if given.get("resume") is None else run_to_resume(given["resume"])
@@ -48,7 +48,7 @@ def train(recipe, given):
             run = _new(recipe, given, stack) if folder is None else _resumed(recipe, given, folder, stack)
             folder = run.folder
             _fit(run)
-            write_results(run)
+            (finish or write_results)(run)
             (folder / "checkpoint.pth").unlink(missing_ok=True)
         except (Stopped, OSError) as error:
             if folder is not None and os.path.exists(folder / "checkpoint.pth"):
@@ -74,7 +74,7 @@ def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
         run = _prepared(recipe.name, cfg, choose_device(cfg.device))
         train = run.learn.dls.train
         print(f"{cfg.model} on {run.images.name}: {num_it} steps of {cfg.bs} of {len(train.dataset):,} train images")
-        with _bare(run.learn):
+        with _bare(run.learn), run.learn.added_cbs(ConsoleProgress()):
             found = range_test(run.learn, start_lr, end_lr, num_it)
     save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), out)
     for name, lr in found.suggestions.items():
@@ -142,7 +142,6 @@ def _prepared(name, cfg, device, fingerprint=None):
         name=name, cfg=cfg, images=images, learn=learn, device=device, config=config, saved=None, folder=None,
         why_precision=why_precision, compiled=compiled, why_compile=why_compile, started=time.perf_counter(),
         n_parameters=sum(p.numel() for p in learn.model.parameters()), eval_split=config["eval_split"],
-        test_dl=None if cfg.no_test else learn.dls.valid if cfg.valid_pct is None else test_dl(learn.dls),
     )  # fmt: skip
 
 
@@ -249,7 +248,9 @@ def _compile(run):
 def _find_lr(run):
     """Take the learning rate from a range test, keep its picture, and write the number into config.json."""
     cfg = run.cfg
-    found = range_test(run.learn)
+    print(f"range test of 100 steps of {cfg.bs}", flush=True)
+    with run.learn.added_cbs(ConsoleProgress()):
+        found = range_test(run.learn)
     save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), run.folder / "lr_find.png")
     cfg.lr = found.suggestions[cfg.lr_suggest]
     if cfg.lr is None:

@@ -13,7 +13,7 @@ def main(
     settings: str,  # A text file, flags of resnet18.py on each line; empty lines and # lines are skipped
     seeds: str = "1,2,3",  # Seeds, separated by commas
     valid_pct: float = 0.1,  # Fraction of train cut off to choose on; the test split is never read
-    out: str = "sweep.csv",  # Where the lines go; trials that stand there are not run again
+    out: str = "sweep.csv",  # Where the lines go; trials that stand there are not run again, broken ones go on
     runs: str = "runs/sweep",  # Folder for the runs themselves
     debug: bool = False,  # Show tracebacks
 ):

@@ -1,13 +1,19 @@
 """The two pictures of a notebook: what they show, on learners with and without errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from matplotlib.figure import Figure
 from torch import nn
 
 from cifar_fastai import interpret
 from cifar_fastai.errors import InputError
+from cifar_fastai.history import History
 from cifar_fastai.interpret import split_batch
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.loaders import cifar_dls, test_dl
@@ -86,12 +92,51 @@ def test_given_predictions_spare_the_pass(learn, monkeypatch):
         assert isinstance(learn.plot_gradcam(2, dl=dl), Figure)
 
 
+def test_predictions_of_another_split_are_refused(learn):
+    preds = predict(learn, learn.dls.test_dl(list(range(48)), with_labels=True))
+    for plot in learn.plot_misclassified, learn.plot_gradcam, learn.plot_class_accuracy:
+        with pytest.raises(InputError, match="predictions of 48 images, and the split has 18"):
+            plot(preds=preds)
+
+
 def test_without_errors(learn):
     preds = predict(learn)
     right = Predictions(np.eye(3, dtype=np.float32)[preds.targets], preds.targets, preds.losses, preds.indices,
                         preds.classes)  # fmt: skip
-    assert isinstance(learn.plot_misclassified(preds=right), Figure)
-    assert isinstance(learn.plot_gradcam(preds=right), Figure)
+    for figure, words in ((learn.plot_misclassified(preds=right), "no misclassified images"),
+                          (learn.plot_gradcam(preds=right), "no images to explain")):  # fmt: skip
+        assert not figure.axes and words in [text.get_text() for text in figure.texts]
+
+
+def test_a_plain_learner(learn):
+    plain = Learner(learn.dls, learn.model, CrossEntropyLossFlat(), cbs=History())
+    with plain.no_bar(), plain.no_logging():
+        plain.fit(1, 0.01)
+        figures = plain.plot_misclassified(2), plain.plot_gradcam(2), plain.plot_class_accuracy(), plain.plot_curves()
+    assert all(figure.axes for figure in figures) and plain.plot_schedule().axes
+
+
+SHOW = """
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from matplotlib_inline.backend_inline import configure_inline_support
+
+shell = InteractiveShell.instance()
+configure_inline_support(shell, "module://matplotlib_inline.backend_inline")
+with capture_output() as shown:
+    shell.run_cell("from cifar_fastai.galleries import plot_tiles; import numpy as np")
+    shell.run_cell("plot_tiles(np.zeros((5, 32, 32, 3), np.uint8), ['cat'] * 5, ['dog'] * 5, [0.9] * 5)")
+    shell.run_cell("plot_tiles(np.zeros((0, 32, 32, 3), np.uint8), [], [], [])")
+for output in shown.outputs:
+    print(output.data["image/png"][:8], output.metadata["image/png"]["width"])
+"""
+
+
+def test_a_notebook_shows_each_figure_once_and_fine():
+    """With `%matplotlib inline`, as on Colab; matplotlib's own formatter leaves out a figure without axes."""
+    done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, check=True)
+    (image, width), (words, narrow) = [line.split() for line in done.stdout.splitlines()]
+    assert image == words == "iVBORw0K" and (width, narrow) == ("840", "550")
 
 
 def test_errors_are_plain(learn):

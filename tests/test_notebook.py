@@ -1,18 +1,23 @@
 """What a notebook needs of a learner: its history, its pictures, its run's folder."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
 from matplotlib.figure import Figure
+from torch import nn
 
-from cifar_fastai import interpret
+from cifar_fastai import errors, interpret
 from cifar_fastai.data import load_images
 from cifar_fastai.errors import InputError
 from cifar_fastai.history import read_history
 from cifar_fastai.learner import cifar_learner
-from cifar_fastai.loaders import cifar_dls
+from cifar_fastai.loaders import cifar_block, cifar_dls
 from cifar_fastai.lr_finder import range_test
 from cifar_fastai.models import _FACTORIES
 from cifar_fastai.notebook import write_run
@@ -92,6 +97,7 @@ def test_curves_name_the_split(tiny_images, tiny_model, drawn):
 def test_a_run_is_written_and_loaded(learn, tiny_images, tmp_path, capsys):
     with pytest.raises(InputError, match="train the learner first"):
         write_run(learn, tmp_path / "run")
+    found = range_test(learn, num_it=20)
     learn.fit_one_cycle(2, 0.1, div=10, pct_start=0.4)
     page = write_run(learn, tmp_path / "run")
     assert page == tmp_path / "run" / "report.html" and page.stat().st_size > 10_000
@@ -102,6 +108,9 @@ def test_a_run_is_written_and_loaded(learn, tiny_images, tmp_path, capsys):
         model="resnet18", epochs=2, bs=8, lr=0.1, div=10, pct_start=0.4, sched="one-cycle", padding=2, cutout=8,
         pad_mode="reflect", label_smoothing=0.1, seed=None, data="made up",
     ).items()  # fmt: skip
+
+    assert read_config(tmp_path / "run")["lr_find"] == found.suggestions
+    assert (tmp_path / "run" / "lr_find.png").stat().st_size > 10_000
 
     loaded, config = load_run(tmp_path / "run", data=tiny_images)
     assert loaded.history.rows == learn.history.rows
@@ -120,6 +129,64 @@ def test_a_run_is_written_and_loaded(learn, tiny_images, tmp_path, capsys):
     learn.fit_one_cycle(1, 0.1)
     with pytest.raises(InputError, match="holds a finished run"):
         write_run(learn, tmp_path / "run")
+
+
+def test_what_was_not_one_cycle_is_not_called_so(learn, tiny_images, tmp_path):
+    learn.fit(2, 0.02)
+    write_run(learn, tmp_path / "flat")
+    found = read_config(tmp_path / "flat")["parameters"]
+    assert (found["sched"], found["lr"], found["epochs"]) == ("none", 0.02, 2)
+    learn.fit_one_cycle(1, 0.1)
+    write_run(learn, tmp_path / "two")
+    found = read_config(tmp_path / "two")["parameters"]
+    assert (found["sched"], found["lr"], found["epochs"]) == ("none", pytest.approx(0.1, rel=0.1), 3)
+    loaded, _ = load_run(tmp_path / "two", data=tiny_images)
+    with pytest.raises(InputError, match="keeps no learning rates by step"):
+        loaded.plot_schedule()
+
+
+class StopAt(Callback):
+    """A Ctrl-C in the n-th step of a fit."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def before_batch(self):
+        if self.training and self.train_iter == self.n:
+            raise KeyboardInterrupt
+
+
+def test_a_broken_epoch_leaves_no_steps(learn, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit_one_cycle(3, 0.1, cbs=StopAt(9))
+    assert len(learn.history.rows) == 1 and len(learn.history.lrs) == len(learn.history.moms) == 6
+    learn.fit(1, 0.03)
+    assert len(learn.history.rows) == 2 and learn.history.lrs[6:] == [0.03] * 6
+    write_run(learn, tmp_path / "run")
+    assert read_config(tmp_path / "run")["parameters"]["sched"] == "none"
+
+
+def test_other_learners_are_refused(learn, tiny_images, tmp_path):
+    own = cifar_block(tiny_images).dataloaders(range(66), bs=8, device="cpu")
+    for other in cifar_learner(own, learn.model, precision="fp32"), Learner(learn.dls, learn.model, nn.MSELoss()):
+        with pytest.raises(InputError, match="takes a learner made by cifar_learner"):
+            write_run(other, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dataloaders_alone_draw_their_augmentations():
+    code = "from cifar_fastai import cifar_dls; cifar_dls('digits', bs=8, device='cpu').plot_augmentations()"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_errors_name_arguments_in_a_notebook(tiny_images, monkeypatch):
+    asked = dict(valid_pct=0.01, device="cpu")
+    with pytest.raises(InputError, match="^--valid-pct 0.01: cuts 0 of 48"):
+        cifar_dls(tiny_images, **asked)
+    monkeypatch.setattr(errors, "IN_NOTEBOOK", True)
+    with pytest.raises(InputError, match="^valid_pct 0.01: cuts 0 of 48"):
+        cifar_dls(tiny_images, **asked)
+    assert str(InputError("a-b: go on with --resume a--b, or -1")) == "a-b: go on with --resume a--b, or -1"
 
 
 def test_a_run_in_one_line(learn, tmp_path):

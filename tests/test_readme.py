@@ -20,6 +20,7 @@ SMALL = {
     "cifar_dls(images, bs=128,": 'cifar_dls(images, bs=16, subset=160, device="cpu",',
     "learn.lr_find()": "learn.lr_find(num_it=40, show_plot=False)",
     "fit_one_cycle(20, 0.15,": "fit_one_cycle(1, 0.05,",
+    "range_test(learn)": "range_test(learn, num_it=40)",
     "range(len(images.labels)), bs=128)": 'range(len(images.labels)), bs=16, device="cpu")',
 }
 
@@ -56,6 +57,8 @@ def test_examples_run(tmp_path, monkeypatch):
     for block in examples():
         exec(compile(block, str(README), "exec"), names)
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
+    assert (tmp_path / "runs" / "mine" / "explain.png").exists()
+    assert list(names["rates"].suggestions) == ["valley", "slide", "steep", "minimum"]
     assert names["heatmaps"].maps.shape == (16, 32, 32) and len(names["preds"]) == 360
 
 
@@ -65,7 +68,9 @@ def test_examples_are_short():
 
 
 def test_the_module_guide_names_what_there_is():
-    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| `(cifar_fastai\.\w+)` \|$", README.read_text(), flags=re.MULTILINE)
+    guide = README.read_text(encoding="utf-8").partition("| To ... | take | from |")[2].partition("\n\n")[0]
+    row = re.compile(r"\| [^|]+ \| (`[^|]+`) \| `(cifar_fastai\.\w+)` \|")
+    rows = [row.fullmatch(line).groups() for line in guide.splitlines()[2:]]
     assert len(rows) > 10
     for names, module in rows:
         for name in re.findall(r"`(\w+)`", names):
