@@ -54,7 +54,10 @@ def load_results(folder):
 
 
 def results_table(results):
-    """Markdown: a row for each setting, with mean and standard deviation over its seeds, and its command."""
+    """Markdown: a row for each setting, with mean and standard deviation over its seeds, and its command.
+
+    By data set, the most accurate first.
+    """
     groups = defaultdict(list)
     for config, metrics in results:
         machine = metrics["hardware"], metrics["precision"]
@@ -62,7 +65,7 @@ def results_table(results):
     lines = ["| data | network | epochs | seeds | test accuracy | with flip TTA | and shifts | training | hardware |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     commands = []
-    for (command, dataset, hardware, precision), runs in sorted(groups.items()):
+    for (command, dataset, hardware, precision), runs in sorted(groups.items(), key=_rank):
         columns = [_percent([run[name] for run in runs])
                    for name in ("test_accuracy", "tta_accuracy", "tta_shift_accuracy")]  # fmt: skip
         minutes = mean(run["seconds"] for run in runs) / 60
@@ -72,6 +75,12 @@ def results_table(results):
         seeds = sorted(run["seed"] for run in runs)
         commands.append(f"`{command} --seed {' | '.join(map(str, seeds))}`")
     return "\n".join([*lines, "", "The commands, row by row: " + "; ".join(commands) + "."])
+
+
+def _rank(group):
+    """Rows stand by data set, the most accurate first."""
+    (command, dataset, *machine), runs = group
+    return dataset, -mean(run["test_accuracy"] or 0 for run in runs), command, machine
 
 
 def _percent(values):

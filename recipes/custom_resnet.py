@@ -2,7 +2,8 @@
 
     python recipes/custom_resnet.py
 
-Its accuracy and time are not measured yet; an image costs two thirds of ResNet18's multiplications.
+Measured with --epochs 3 on CIFAR-10 (JPEG copy), one seed: 76.17 %, with flip TTA 77.03 %, after 68 minutes on 2
+threads of an AMD EPYC in fp32, and 23 for the range test before it. Its 24 epochs are not measured yet.
 """
 
 from fastcore.meta import delegates

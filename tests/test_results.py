@@ -36,7 +36,7 @@ def test_a_kept_runs_accuracy_is_the_one_its_predictions_have(folder):
 def _result(seed, accuracy, epochs=20):
     config = {"recipe": "resnet18", "given": {"data": "cifar10", "seed": seed, "no_test": True}}
     metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, test_accuracy=accuracy,
-                   tta_accuracy=accuracy + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
+                   tta_accuracy=(accuracy or 0) + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
                    precision="bf16")  # fmt: skip
     return config, metrics
 
@@ -68,3 +68,12 @@ def test_a_readme_without_marks_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(InputError, match="must stand in it once"):
         update_readme(tmp_path / "README.md", tmp_path)
+
+
+def test_the_most_accurate_stands_first_in_its_data_set():
+    runs = [_result(1, 0.7, epochs=3), _result(2, 0.9), _result(3, None), _result(4, 0.99)]
+    for number, (config, _) in enumerate(runs):
+        config["given"]["epochs"] = number
+    runs[3][1]["dataset"] = "digits"
+    rows = results_table([(config, metrics | {"tta_accuracy": None}) for config, metrics in runs]).splitlines()[2:6]
+    assert [row.split(" | ")[4] for row in rows] == ["90.00%", "70.00%", "-", "99.00%"]
