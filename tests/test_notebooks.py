@@ -15,7 +15,9 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-PATHS = re.compile(r"(?<![\w.:/<])/(home|root|tmp|usr|opt|var|mnt|work|content|private|Users)/|\b[A-Z]:\\")
+PATHS = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/|file://|\b[A-Z]:\\")  # /a/b, C:\b
+
+PICTURES = {"resnet18": 10, "custom_resnet": 7, "explain": 9}  # that each shows
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -41,6 +43,11 @@ def code(notebook):
 def tree(cell):
     """The cell's syntax tree, magics being calls."""
     return ast.parse(TransformerManager().transform_cell(cell.source))
+
+
+def pictures(cells):
+    """How many pictures the cells show."""
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
 def outputs(notebook):
@@ -82,12 +89,34 @@ def test_the_repository_has_one_address(path):
 
 
 @every_notebook
+def test_committed_as_executed_on_cifar10(path):
+    cells = code(nbformat.read(path, as_version=4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "from top to end, in one go"
+    assert pictures(cells) == PICTURES[path.stem]
+    assert re.search(r"on CIFAR-10( \(JPEG copy\))?: \d+ epochs? in", outputs(nbformat.read(path, as_version=4)))
+
+
+@every_notebook
 def test_outputs_are_clean(path):
-    notebook = nbformat.read(path, as_version=4)
+    assert_clean(nbformat.read(path, as_version=4))
+
+
+def assert_clean(notebook):
+    """No path of a machine, no warning, nothing on stderr."""
     text = outputs(notebook)
     assert not PATHS.search(text), PATHS.search(text)
     assert "Warning" not in text and "Traceback" not in text
     assert not [output for cell in code(notebook) for output in cell.outputs if output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("text", ["at /data/c.tgz", "'/tmp/x'", "/a/b", "file://x", "D:\\x", "(/srv/www/x)"])
+def test_paths_are_seen(text):
+    assert PATHS.search(text)
+
+
+@pytest.mark.parametrize("text", ["1/3 and/or 2", "runs/a/report.html", "https://a.b/c/d", "<b>1</b></td>", "3 / 4"])
+def test_what_is_no_path(text):
+    assert not PATHS.search(text)
 
 
 def test_together_they_are_small():
@@ -115,13 +144,11 @@ def run(name, folder):
     return notebook
 
 
-def check(notebook, folder, pictures):
-    """No path, no warning; each cell shows what it draws once."""
-    text = outputs(notebook)
-    assert str(folder) not in text and not PATHS.search(text), PATHS.search(text)
-    assert "Warning" not in text
-    shown = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code(notebook)]
-    assert sum(shown) == pictures and max(shown) <= 3
+def check(notebook, folder, name):
+    """Clean outputs; each cell shows what it draws once."""
+    assert_clean(notebook)
+    assert pictures(code(notebook)) == PICTURES[name]
+    assert max(pictures([cell]) for cell in code(notebook)) <= 3
 
 
 def parameters(folder, name):
@@ -137,7 +164,7 @@ def resnet18(folder):
 
 @pytest.mark.slow
 def test_resnet18(resnet18, folder):
-    check(resnet18, folder, pictures=10)
+    check(resnet18, folder, "resnet18")
     assert (folder / "runs" / "resnet18" / "report.html").exists()
     found, recipe = parameters(folder, "resnet18")
     small = "epochs", "bs", "lr"
@@ -150,21 +177,25 @@ def test_resnet18(resnet18, folder):
 @pytest.mark.slow
 def test_custom_resnet(folder):
     notebook = run("custom_resnet", folder)
-    check(notebook, folder, pictures=7)
+    check(notebook, folder, "custom_resnet")
     found, recipe = parameters(folder, "custom_resnet")
     small = "epochs", "bs", "lr", "lr_suggest"
     assert {name: found[name] for name in recipe if name not in small} == {
         name: value for name, value in recipe.items() if name not in small
     }
     assert recipe["epochs"] == 24 and recipe["bs"] == 512 and recipe["pct_start"] == 5 / 24
-    asked = f'found.suggestions["{recipe["lr_suggest"]}"]'
+    asked = f'suggestions["{recipe["lr_suggest"]}"]'
     assert any(asked in cell.source for cell in code(notebook))
+    again = run("custom_resnet", folder)
+    check(again, folder, "custom_resnet")
+    assert "Loaded, not trained here: custom_resnet on digits: 1 epoch in" in outputs(again)
+    assert str(found["lr"])[:6] in outputs(again), "the loaded run's own range test"
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_loaded(resnet18, folder):
     notebook = run("resnet18", folder)
-    check(notebook, folder, pictures=10)
+    check(notebook, folder, "resnet18")
     said = outputs(notebook)
     assert "Loaded, not trained here: resnet18 on digits: 1 epoch in" in said and "holds this run" in said
 
@@ -172,12 +203,12 @@ def test_a_finished_run_is_loaded(resnet18, folder):
 @pytest.mark.slow
 def test_explain_without_a_run_trains_one(tmp_path):
     notebook = run("explain", tmp_path)
-    check(notebook, tmp_path, pictures=9)
+    check(notebook, tmp_path, "explain")
     assert (tmp_path / "runs" / "short" / "report.html").exists() and not (tmp_path / "runs" / "resnet18").exists()
 
 
 @pytest.mark.slow
 def test_explain_goes_on_from_the_run(resnet18, folder):
     notebook = run("explain", folder)
-    check(notebook, folder, pictures=9)
+    check(notebook, folder, "explain")
     assert "resnet18 on digits: 1 epoch in" in outputs(notebook)
