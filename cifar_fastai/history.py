@@ -32,12 +32,12 @@ class History(Callback):
     def before_train(self):
         self.started = None
         if not hasattr(self.learn, "lr_finder"):
-            self.started, self.origin, self.steps = time.perf_counter(), {}, []
+            self.started, self.origin, self.pending = time.perf_counter(), {}, []
 
     def after_batch(self):
         if self.training and self.started is not None:
             hypers = self.opt.hypers[-1]
-            self.steps.append((float(hypers["lr"]), float(hypers["mom"]) if "mom" in hypers else None))
+            self.pending.append((float(hypers["lr"]), float(hypers["mom"]) if "mom" in hypers else None))
 
     def after_train(self):
         self.trained = time.perf_counter()
@@ -49,7 +49,7 @@ class History(Callback):
         valid_values = [metric.value for metric in self.recorder._valid_mets]
         train = dict(zip(("train_loss", "train_accuracy"), self.train_values, strict=False))
         valid = dict(zip(("valid_loss", "valid_accuracy"), valid_values, strict=False))
-        for lr, mom in self.steps:  # now, as an epoch that is broken off leaves none, as it leaves no row
+        for lr, mom in self.pending:  # now, as an epoch that is broken off leaves none, as it leaves no row
             self.lrs.append(lr)
             self.moms.append(mom)
         n_images = len(self.dls.train) * self.dls.train.bs

@@ -1,5 +1,6 @@
 """What the pictures show: the data they were given, in words that are whole, and no trace in pyplot."""
 
+import base64
 import io
 import os
 import subprocess
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.text import Text
 from PIL import Image
 
@@ -145,13 +147,14 @@ def test_import_and_pictures_leave_pyplot_alone():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_a_notebook_shows_a_picture_once():
-    """As an image even where nothing was set up for matplotlib; pyplot, which would show it again, knows none."""
-    formatters = pytest.importorskip("IPython.core.formatters")
-    fig = plots.plot_schedule([0.1, 0.2], None, 1)
-    data, metadata = formatters.DisplayFormatter().format(fig)
-    assert data["image/png"].startswith(b"\x89PNG") and metadata["image/png"]["width"] == 840
-    assert set(data) == {"image/png", "text/plain"}
+def test_a_notebook_shows_a_picture_once(monkeypatch):
+    """As an image that the figure sends itself, whatever is set up for matplotlib; nothing is left for the formatters."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *objects, **options: shown.append((objects, options)))
+    assert DisplayFormatter().format(plots.plot_schedule([0.1, 0.2], None, 1)) == ({}, {})
+    (((data,), options),) = shown
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and set(data) == {"image/png", "text/plain"}
+    assert options == {"raw": True, "metadata": {"image/png": {"width": 840, "height": 560}}}
 
 
 # ---- charts
