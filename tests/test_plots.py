@@ -148,13 +148,13 @@ def test_import_and_pictures_leave_pyplot_alone():
 
 
 def test_a_notebook_shows_a_picture_once(monkeypatch):
-    """As an image that the figure sends itself, whatever is set up for matplotlib; nothing is left for the formatters."""
+    """As an image that the figure sends itself, whatever matplotlib is set up for; formatters get nothing to show."""
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *objects, **options: shown.append((objects, options)))
     assert DisplayFormatter().format(plots.plot_schedule([0.1, 0.2], None, 1)) == ({}, {})
     (((data,), options),) = shown
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and set(data) == {"image/png", "text/plain"}
-    assert options == {"raw": True, "metadata": {"image/png": {"width": 840, "height": 560}}}
+    assert options == {"raw": True, "metadata": {"image/png": {"width": 840, "height": 390}}}
 
 
 # ---- charts
