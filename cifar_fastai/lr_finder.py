@@ -54,8 +54,8 @@ def range_test(learn, start_lr=1e-5, end_lr=10, num_it=100):
     """Train `num_it` steps while the learning rate grows from `start_lr` to `end_lr`; a RangeTest.
 
     On train images alone; the learner and the random states are afterwards as before, but for `learn.range_test`, which
-    keeps the result for `write_run`. Smith: Cyclical Learning Rates
-    for Training Neural Networks, arXiv:1506.01186. RunError when the loss is never a number.
+    keeps the result for `write_run`. Smith: Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186.
+    RunError when the loss is never a number.
     """
     model_dir = learn.model_dir
     with untouched(learn), tempfile.TemporaryDirectory() as folder:
