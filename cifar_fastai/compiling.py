@@ -6,6 +6,8 @@ import shutil
 import torch
 import torch.nn.functional as F
 
+from cifar_fastai.winograd import plain_convolutions, winograd_convolutions
+
 __all__ = ["choose_compile", "compile_model", "uncompile"]
 
 # Images a run must train on before compiling for half a minute to a minute earns that back on a CPU.
@@ -29,11 +31,14 @@ def compile_model(model, batch, autocast):
     """Compile `model` in place and try it on one training step; None, or one line why it stays as it was.
 
     `batch`: images (B, 3, H, W) as training will give them. In place, so that the names in its state dict, export and
-    pickling stay as they were. Weights, batch-norm statistics and the CPU's random state are as before.
+    pickling stay as they were. Weights, batch-norm statistics and the CPU's random state are as before. On a CPU in
+    float32 the 3x3 convolutions are Winograd's from here on (`winograd_convolutions`).
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
+    if batch.device.type == "cpu":
+        winograd_convolutions(model)
     try:
         model.compile()
         model.train()
@@ -53,4 +58,5 @@ def compile_model(model, batch, autocast):
 def uncompile(model):
     """Take a compiled model back to eager, in place."""
     model._compiled_call_impl = None
+    plain_convolutions(model)
     torch._dynamo.reset()

@@ -20,6 +20,7 @@ from cifar_fastai.errors import InputError, RunError
 from cifar_fastai.files import held, sweep, write_json
 from cifar_fastai.history import History, in_epochs
 from cifar_fastai.lr_finder import range_test
+from cifar_fastai.memory import keep_freed_memory
 from cifar_fastai.outputs import check_layers, write_results
 from cifar_fastai.plots import plot_lr_find, save_figure
 from cifar_fastai.precision import autocast, choose_device, choose_precision
@@ -126,6 +127,8 @@ def _resumed(recipe, given, folder, stack):
 def _prepared(name, cfg, device, fingerprint=None):
     """Data, learner and what is decided about them, for a run called `name`."""
     precision, why_precision = choose_precision(cfg.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     images = load_images(cfg.data)
     if images.note:
         print(f"\n*** {images.note} ***\n", flush=True)

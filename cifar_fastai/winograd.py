@@ -1,0 +1,172 @@
+"""3x3 convolutions with a quarter of the multiplications, for processors that compute them in float32.
+
+Winograd's F(4x4, 3x3): tiles of 6x6 pixels and filters of 3x3 are transformed so that 36 multiplications give 4x4
+pixels of the output, where the sum written out takes 144. Values and gradients agree with torch's own within float32's
+rounding. Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
+
+Shapes: B images of H x W pixels, C channels in and K out, T x T tiles of 4x4 pixels, where T stands for H/4 and W/4.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["plain_convolutions", "winograd_convolutions"]
+
+_G = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
+                   [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])  # fmt: skip
+_GG = torch.kron(_G, _G)  # (36, 9): a 3x3 filter to its 6x6 transform, both as vectors
+
+# Below this many pixels (B x H x W) the transforms of the filters cost more than they save.
+_WORTH_IT = 1024
+
+# Values in the transformed tiles of one chunk of images: 9 MB, which the caches of a CPU hold.
+_CHUNK = 36 * 65536
+
+
+def winograd_convolutions(model):
+    """Let the 3x3 convolutions of `model` that can be computed so be; their parameters and names stay as they are."""
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d) and _fits(conv):
+            conv._conv_forward = _conv_forward
+
+
+def plain_convolutions(model):
+    """Take `winograd_convolutions` back."""
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.__dict__.pop("_conv_forward", None)
+
+
+def _fits(conv):
+    plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+    wide = min(conv.in_channels, conv.out_channels) >= 16  # narrower ones spend their time on the transforms
+    return plain and wide and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+def _conv_forward(x, weight, bias):
+    """Stands for `nn.Conv2d._conv_forward`: x (B, C, H, W) -> (B, K, H, W)."""
+    n, _, height, width = x.shape
+    whole = height % 4 == 0 and width % 4 == 0 and n * height * width >= _WORTH_IT
+    if not whole or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.conv2d(x, weight, bias, padding=1)
+    y = conv3x3(x, weight)
+    return y if bias is None else y + bias[:, None, None]
+
+
+@torch.library.custom_op("cifar_fastai::conv3x3", mutates_args=())
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, C, H, W), weight (K, C, 3, 3) -> (B, K, H, W), as channels_last."""
+    n_out, n_in = weight.shape[:2]
+    filters = _GG @ weight.permute(2, 3, 1, 0).reshape(9, -1)  # (36, C * K)
+    x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+    y = x.new_empty(*x.shape[:3], n_out)
+    chunks = _Chunks(x, max(n_in, n_out))
+    for images, tiles in chunks:
+        _store(y[images], tiles, filters.view(36, n_in, n_out))
+    return y.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("cifar_fastai::conv3x3_backward", mutates_args=())
+def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients for x and weight, from that of the output (B, K, H, W)."""
+    n_out, n_in = weight.shape[:2]
+    turned = _GG @ weight.permute(2, 3, 0, 1).reshape(9, -1).flip(0)  # (36, K * C): by 180 degrees, as for a transpose
+    x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C), (B, H, W, K)
+    x_grad, filters_grad = torch.empty_like(x), x.new_zeros(36, n_in, n_out)
+    wide = max(n_in, n_out)
+    for (images, tiles), (_, grad_tiles) in zip(_Chunks(x, wide), _Chunks(grad, wide)):
+        out_tiles = _output_tiles_grad(grad[images]).view(36, -1, n_out)
+        filters_grad.baddbmm_(tiles.transpose(1, 2), out_tiles)  # (36, C, K)
+        _store(x_grad[images], grad_tiles, turned.view(36, n_out, n_in))
+    weight_grad = (_GG.T @ filters_grad.view(36, -1)).view(3, 3, n_in, n_out).permute(3, 2, 0, 1)
+    return x_grad.permute(0, 3, 1, 2), weight_grad.contiguous(memory_format=torch.channels_last)
+
+
+@conv3x3.register_fake
+def _(x, weight):
+    n, _, height, width = x.shape
+    return x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+@conv3x3_backward.register_fake
+def _(grad, x, weight):
+    x_grad = torch.empty_like(x.permute(0, 2, 3, 1), memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+    return x_grad, torch.empty_like(weight, memory_format=torch.channels_last)
+
+
+conv3x3.register_autograd(
+    lambda ctx, grad: conv3x3_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class _Chunks:
+    """The images (B, H, W, C) a few at a time: their place among all, and their tiles (36, n * T * T, C)."""
+
+    def __init__(self, x, n_channels):
+        self.x = x
+        self.n = max(1, _CHUNK // (36 * n_channels * (x.shape[1] // 4) * (x.shape[2] // 4)))
+
+    def __iter__(self):
+        batch, height, width, channels = self.x.shape
+        padded = self.x.new_zeros(min(self.n, batch), height + 2, width + 2, channels)
+        for start in range(0, batch, self.n):
+            images = slice(start, min(start + self.n, batch))
+            padded = padded[: images.stop - start]
+            padded[:, 1:-1, 1:-1] = self.x[images]
+            yield images, _input_tiles(padded).view(36, -1, channels)
+
+
+def _store(y, tiles, filters):
+    """Write the convolution of `tiles` (36, n * T * T, C) with `filters` (36, C, K) into y (n, H, W, K)."""
+    n, height, width, n_out = y.shape
+    out = torch.bmm(tiles, filters).view(36, n, height // 4, width // 4, n_out)
+    y.view(n, height // 4, 4, width // 4, 4, n_out).copy_(_output_tiles(out))
+
+
+def _two_ways(transform, grid):
+    """`transform`, a function of a list, along the columns of `grid`, a list of lists, and then along its rows."""
+    columns = [transform([row[j] for row in grid]) for j in range(len(grid[0]))]
+    return [transform([column[i] for column in columns]) for i in range(len(columns[0]))]
+
+
+@torch.compile(dynamic=True)
+def _input_tiles(x):
+    """(n, H + 2, W + 2, C) -> (36, n, T, T, C): the tiles of 6x6 pixels that begin at every fourth, transformed."""
+    height, width = x.shape[1] - 2, x.shape[2] - 2
+    grid = [[x[:, i : i + height - 3 : 4, j : j + width - 3 : 4] for j in range(6)] for i in range(6)]
+    return torch.stack([value for row in _two_ways(_input, grid) for value in row])
+
+
+@torch.compile(dynamic=True)
+def _output_tiles(products):
+    """(36, n, T, T, K) -> (n, T, 4, T, 4, K): tiles of 4x4 pixels of the output."""
+    grid = [[products[6 * i + j] for j in range(6)] for i in range(6)]
+    return torch.stack([torch.stack(row, dim=3) for row in _two_ways(_output, grid)], dim=2)
+
+
+@torch.compile(dynamic=True)
+def _output_tiles_grad(grad):
+    """(n, H, W, K) -> (36, n, T, T, K): the transpose of `_output_tiles`."""
+    grid = [[grad[:, i::4, j::4] for j in range(4)] for i in range(4)]
+    return torch.stack([value for row in _two_ways(_output_grad, grid) for value in row])
+
+
+# The three transforms along one side of a tile; written out, since torch.compile makes one loop over pixels of each.
+
+
+def _input(v):
+    a, b, c, d, e, f = v
+    return [4 * a - 5 * c + e, d + e - 4 * (b + c), 4 * (b - c) - d + e,
+            2 * (d - b) - c + e, 2 * (b - d) - c + e, 4 * b - 5 * d + f]  # fmt: skip
+
+
+def _output(v):
+    a, b, c, d, e, f = v
+    return [a + b + c + d + e, b - c + 2 * (d - e), b + c + 4 * (d + e), b - c + 8 * (d - e) + f]
+
+
+def _output_grad(v):
+    a, b, c, d = v
+    return [a, a + b + c + d, a - b + c - d, a + 2 * b + 4 * c + 8 * d, a - 2 * b + 4 * c - 8 * d, d]
