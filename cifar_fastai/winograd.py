@@ -7,6 +7,8 @@ rounding. Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, arXiv:
 Shapes: B images of H x W pixels, C channels in and K out, T x T tiles of 4x4 pixels, where T stands for H/4 and W/4.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,11 @@ _CHUNK = 36 * 65536
 
 
 def winograd_convolutions(model):
-    """Let the 3x3 convolutions of `model` that can be computed so be; their parameters and names stay as they are."""
+    """Let the 3x3 convolutions of `model`, on a CPU, be computed so where the model is compiled.
+
+    Parameters, names and what hooks see stay as they are; convolutions that are no whole number of tiles, or in half
+    precision, or run uncompiled, stay torch's own.
+    """
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and _fits(conv):
             conv._conv_forward = _conv_forward
@@ -45,10 +51,11 @@ def _fits(conv):
 
 
 def _conv_forward(x, weight, bias):
-    """Stands for `nn.Conv2d._conv_forward`: x (B, C, H, W) -> (B, K, H, W)."""
+    """Stands for `nn.Conv2d._conv_forward`: x (B, C, H, W) -> (B, K, H, W). What is not compiled stays torch's own."""
     n, _, height, width = x.shape
     whole = height % 4 == 0 and width % 4 == 0 and n * height * width >= _WORTH_IT
-    if not whole or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (torch.compiler.is_compiling() and whole and float32):
         return F.conv2d(x, weight, bias, padding=1)
     y = conv3x3(x, weight)
     return y if bias is None else y + bias[:, None, None]
@@ -76,7 +83,7 @@ def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
     x_grad, filters_grad = torch.empty_like(x), x.new_zeros(36, n_in, n_out)
     wide = max(n_in, n_out)
     for (images, tiles), (_, grad_tiles) in zip(_Chunks(x, wide), _Chunks(grad, wide)):
-        out_tiles = _output_tiles_grad(grad[images]).view(36, -1, n_out)
+        out_tiles = _compiled(_output_tiles_grad)(grad[images]).view(36, -1, n_out)
         filters_grad.baddbmm_(tiles.transpose(1, 2), out_tiles)  # (36, C, K)
         _store(x_grad[images], grad_tiles, turned.view(36, n_out, n_in))
     weight_grad = (_GG.T @ filters_grad.view(36, -1)).view(3, 3, n_in, n_out).permute(3, 2, 0, 1)
@@ -115,14 +122,20 @@ class _Chunks:
             images = slice(start, min(start + self.n, batch))
             padded = padded[: images.stop - start]
             padded[:, 1:-1, 1:-1] = self.x[images]
-            yield images, _input_tiles(padded).view(36, -1, channels)
+            yield images, _compiled(_input_tiles)(padded).view(36, -1, channels)
 
 
 def _store(y, tiles, filters):
     """Write the convolution of `tiles` (36, n * T * T, C) with `filters` (36, C, K) into y (n, H, W, K)."""
     n, height, width, n_out = y.shape
     out = torch.bmm(tiles, filters).view(36, n, height // 4, width // 4, n_out)
-    y.view(n, height // 4, 4, width // 4, 4, n_out).copy_(_output_tiles(out))
+    y.view(n, height // 4, 4, width // 4, 4, n_out).copy_(_compiled(_output_tiles)(out))
+
+
+@cache
+def _compiled(transform):
+    """`transform` as one loop over the pixels; at its first use, since loading the compiler takes seconds."""
+    return torch.compile(transform, dynamic=True)
 
 
 def _two_ways(transform, grid):
@@ -131,7 +144,6 @@ def _two_ways(transform, grid):
     return [transform([column[i] for column in columns]) for i in range(len(columns[0]))]
 
 
-@torch.compile(dynamic=True)
 def _input_tiles(x):
     """(n, H + 2, W + 2, C) -> (36, n, T, T, C): the tiles of 6x6 pixels that begin at every fourth, transformed."""
     height, width = x.shape[1] - 2, x.shape[2] - 2
@@ -139,21 +151,19 @@ def _input_tiles(x):
     return torch.stack([value for row in _two_ways(_input, grid) for value in row])
 
 
-@torch.compile(dynamic=True)
 def _output_tiles(products):
     """(36, n, T, T, K) -> (n, T, 4, T, 4, K): tiles of 4x4 pixels of the output."""
     grid = [[products[6 * i + j] for j in range(6)] for i in range(6)]
     return torch.stack([torch.stack(row, dim=3) for row in _two_ways(_output, grid)], dim=2)
 
 
-@torch.compile(dynamic=True)
 def _output_tiles_grad(grad):
     """(n, H, W, K) -> (36, n, T, T, K): the transpose of `_output_tiles`."""
     grid = [[grad[:, i::4, j::4] for j in range(4)] for i in range(4)]
     return torch.stack([value for row in _two_ways(_output_grad, grid) for value in row])
 
 
-# The three transforms along one side of a tile; written out, since torch.compile makes one loop over pixels of each.
+# The three transforms along one side of a tile; written out, so that the compiler sees sums and no matrices.
 
 
 def _input(v):
