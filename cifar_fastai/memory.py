@@ -10,8 +10,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
 def keep_freed_memory():
     """Have this process keep the memory that tensors on the CPU free; True where the C library can be told so.
 
-    glibc maps every tensor of more than 32 MB anew, and the kernel then clears it page by page: a fifth of an epoch
-    goes there. The process holds what its largest step needs, no more than before. Other systems stay as they are.
+    glibc maps every tensor of more than 32 MB anew, and the kernel then clears it page by page: up to a fifth of an
+    epoch goes there. For that the process holds more than its largest step needs, as pieces that fit no later tensor
+    lie between others. Other systems stay as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -82,7 +82,7 @@ def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
     x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C), (B, H, W, K)
     x_grad, filters_grad = torch.empty_like(x), x.new_zeros(36, n_in, n_out)
     wide = max(n_in, n_out)
-    for (images, tiles), (_, grad_tiles) in zip(_Chunks(x, wide), _Chunks(grad, wide)):
+    for (images, tiles), (_, grad_tiles) in zip(_Chunks(x, wide), _Chunks(grad, wide), strict=True):
         out_tiles = _compiled(_output_tiles_grad)(grad[images]).view(36, -1, n_out)
         filters_grad.baddbmm_(tiles.transpose(1, 2), out_tiles)  # (36, C, K)
         _store(x_grad[images], grad_tiles, turned.view(36, n_out, n_in))

@@ -1,0 +1,128 @@
+"""Winograd's convolutions give what torch's give for a quarter of the multiplications, and nothing else changes."""
+
+import copy
+import math
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import profile
+
+from cifar_fastai import winograd
+from cifar_fastai.compiling import compile_model, uncompile
+from cifar_fastai.winograd import conv3x3, plain_convolutions, winograd_convolutions
+
+
+@pytest.fixture
+def uncompiled():
+    """The transforms as Python runs them: the same sums, without a minute of compiling."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def one_chunk_per_image(monkeypatch):
+    monkeypatch.setattr(winograd, "_CHUNK", 1)
+
+
+def three_images_per_chunk(monkeypatch):
+    monkeypatch.setattr(winograd, "_CHUNK", 3 * 36 * 5 * 2 * 3)
+
+
+@pytest.mark.parametrize("chunks", [one_chunk_per_image, three_images_per_chunk, lambda monkeypatch: None])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_values_and_gradients_are_those_of_torch_in_double_precision(uncompiled, monkeypatch, chunks, channels_last):
+    chunks(monkeypatch)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, 8, 12).contiguous(memory_format=layout).requires_grad_()  # 2 x 3 tiles: no square
+    weight = torch.randn(5, 3, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn(7, 5, 8, 12)
+
+    y = conv3x3(x, weight)
+    y.backward(grad)
+
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    exact = F.conv2d(exact_x, exact_weight, padding=1)
+    exact.backward(grad.double())
+    for ours, theirs in ((y, exact), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_one_tile_by_hand(uncompiled):
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0] = 1
+    weight = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
+    expected = torch.zeros(4, 4)
+    expected[:2, :2] = torch.tensor([[5.0, 4], [2, 1]])  # the pixel in a corner meets the filter's middle first
+    torch.testing.assert_close(conv3x3(x, weight)[0, 0], expected, rtol=0, atol=1e-4)
+
+
+def test_a_quarter_of_the_multiplications_in_both_directions(uncompiled):
+    x, weight = torch.randn(8, 32, 8, 12, requires_grad=True), torch.randn(16, 32, 3, 3, requires_grad=True)
+    with profile(record_shapes=True) as seen:
+        conv3x3(x, weight).sum().backward()
+    shapes = [event.input_shapes[-4:-2] if event.name == "aten::baddbmm_" else event.input_shapes
+              for event in seen.events() if event.name in ("aten::bmm", "aten::baddbmm_")]  # fmt: skip
+    products = [math.prod(left) * right[-1] for left, right in shapes]  # (36, n, k) with (36, k, m)
+    written_out = (8 * 8 * 12) * 9 * 32 * 16  # for the output; as many for the gradient of x and for that of weight
+    assert products == [written_out // 4] * 3
+
+
+WIDE = dict(in_channels=16, out_channels=16, kernel_size=3, padding=1)
+
+
+@pytest.mark.parametrize("change", [
+    dict(kernel_size=1, padding=0), dict(stride=2), dict(padding=0), dict(dilation=2), dict(groups=2),
+    dict(padding_mode="reflect"), dict(in_channels=3), dict(out_channels=8), dict(kernel_size=5), dict(padding="same"),
+], ids=str)  # fmt: skip
+def test_other_convolutions_are_left_alone(change):
+    conv = nn.Conv2d(**WIDE | change)
+    winograd_convolutions(conv)
+    assert conv._conv_forward.__func__ is nn.Conv2d._conv_forward
+
+
+def test_nothing_but_compiled_models_is_changed():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(**WIDE), nn.ReLU()), torch.randn(8, 16, 16, 16)
+    expected, names = model(x), list(model.state_dict())
+    winograd_convolutions(model)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == names
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), expected)
+    plain_convolutions(model)
+    assert "_conv_forward" not in model[0].__dict__ and torch.equal(model(x), expected)
+
+
+def ops_of(work):
+    """The names of our own operators that `work` calls."""
+    with profile() as seen:
+        work()
+    return {event.name for event in seen.events() if event.name.startswith("cifar_fastai::")}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_uses_them_and_learns_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+    plain, x = copy.deepcopy(model), torch.randn(8, 3, 16, 16)
+    assert compile_model(model, x, nullcontext()) is None
+
+    def step(net, x):
+        net.zero_grad()
+        F.cross_entropy(net(x), torch.arange(len(x))).backward()
+
+    both = {"cifar_fastai::conv3x3", "cifar_fastai::conv3x3_backward"}
+    assert ops_of(lambda: step(model, x)) == both and ops_of(lambda: step(plain, x)) == set()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    # what has too few pixels, or no whole number of tiles, or half precision goes to torch, and trains too
+    assert ops_of(lambda: step(model, x[:2])) == set() == ops_of(lambda: step(model, x[..., :14, :14]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops_of(lambda: step(model, x)) == set()
+    uncompile(model)
+    assert ops_of(lambda: step(model, x)) == set()
+    assert torch.equal(model(x), plain(x))
