@@ -80,7 +80,7 @@ def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
     n_out, n_in = weight.shape[:2]
     turned = _GG @ weight.permute(2, 3, 0, 1).reshape(9, -1).flip(0)  # (36, K * C): by 180 degrees, as for a transpose
     x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C), (B, H, W, K)
-    x_grad, filters_grad = torch.empty_like(x), x.new_zeros(36, n_in, n_out)
+    x_grad, filters_grad = x.new_empty(x.shape), x.new_zeros(36, n_in, n_out)
     wide = max(n_in, n_out)
     for (images, tiles), (_, grad_tiles) in zip(_Chunks(x, wide), _Chunks(grad, wide), strict=True):
         out_tiles = _compiled(_output_tiles_grad)(grad[images]).view(36, -1, n_out)
@@ -98,7 +98,7 @@ def _(x, weight):
 
 @conv3x3_backward.register_fake
 def _(grad, x, weight):
-    x_grad = torch.empty_like(x.permute(0, 2, 3, 1), memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+    x_grad = x.new_empty(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
     return x_grad, torch.empty_like(weight, memory_format=torch.channels_last)
 
 
