@@ -5,16 +5,25 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from cifar_fastai.config import command_line
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, write_json
 
-__all__ = ["keep_result", "load_results", "results_table", "update_readme"]
+__all__ = ["Kept", "keep_result", "load_results", "results_table", "update_readme"]
 
 BEGIN, END = "<!-- results: made by recipes/results.py -->", "<!-- end of results -->"
-_KEPT = ("history.csv", "metrics.json", "predictions.csv")
+_KEPT = ("history.csv", "metrics.json", "predictions.csv", "curves.png")
 _PATHS = ("out", "data", "resume")  # parameters that may name a place on somebody's disk
+
+
+class Kept(NamedTuple):
+    """A run that is kept: what its config.json and metrics.json hold, and where."""
+
+    config: dict
+    metrics: dict
+    folder: Path = Path()
 
 
 def keep_result(run, folder):
@@ -47,40 +56,51 @@ def _public(name, value):
 
 
 def load_results(folder):
-    """[(config, metrics)] of the runs kept in `folder`, by name."""
-    found = sorted(Path(folder).glob("*/metrics.json"))
-    return [tuple(json.loads((path.parent / name).read_text(encoding="utf-8")) for name in ("config.json", path.name))
-            for path in found]  # fmt: skip
+    """The runs kept in `folder`, by name, each a `Kept`."""
+    runs = sorted(path.parent for path in Path(folder).glob("*/metrics.json"))
+    names = "config.json", "metrics.json"
+    return [Kept(*(json.loads((run / name).read_text(encoding="utf-8")) for name in names), run) for run in runs]
 
 
 def results_table(results):
     """Markdown: a row for each setting, with mean and standard deviation over its seeds, and its command.
 
-    By data set, the most accurate first.
+    By data set, the most accurate first. `results`: a list of `Kept`.
     """
-    groups = defaultdict(list)
-    for config, metrics in results:
-        machine = metrics["hardware"], metrics["precision"]
-        groups[command_line(config, without=("seed",)), metrics["dataset"], *machine].append(metrics)
     lines = ["| data | network | epochs | seeds | test accuracy | with flip TTA | and shifts | training | hardware |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     commands = []
-    for (command, dataset, hardware, precision), runs in sorted(groups.items(), key=_rank):
-        columns = [_percent([run[name] for run in runs])
+    for (command, dataset, hardware, precision), runs in _rows(results):
+        columns = [_percent([run.metrics[name] for run in runs])
                    for name in ("test_accuracy", "tta_accuracy", "tta_shift_accuracy")]  # fmt: skip
-        minutes = mean(run["seconds"] for run in runs) / 60
-        facts = [dataset, runs[0]["model"], runs[0]["epochs"], len(runs), *columns, f"{minutes:.1f} min",
+        first, minutes = runs[0].metrics, mean(run.metrics["seconds"] for run in runs) / 60
+        facts = [dataset, first["model"], first["epochs"], len(runs), *columns, f"{minutes:.1f} min",
                  f"{hardware}, {precision}"]  # fmt: skip
         lines.append("| " + " | ".join(str(fact) for fact in facts) + " |")
-        seeds = sorted(run["seed"] for run in runs)
-        commands.append(f"`{command} --seed {' | '.join(map(str, seeds))}`")
+        commands.append(f"`{command} --seed {' | '.join(str(run.metrics['seed']) for run in runs)}`")
     return "\n".join([*lines, "", "The commands, row by row: " + "; ".join(commands) + "."])
 
 
-def _rank(group):
-    """Rows stand by data set, the most accurate first."""
-    (command, dataset, *machine), runs = group
-    return dataset, -mean(run["test_accuracy"] or 0 for run in runs), command, machine
+def _rows(results):
+    """[((command, dataset, hardware, precision), runs by seed)], the most accurate first in each data set."""
+    rows = defaultdict(list)
+    for run in sorted(results, key=lambda run: run.metrics["seed"]):
+        about = (run.metrics[name] for name in ("dataset", "hardware", "precision"))
+        rows[command_line(run.config, without=("seed",)), *about].append(run)
+
+    def rank(row):
+        (command, dataset, *machine), runs = row
+        return dataset, -mean(run.metrics["test_accuracy"] or 0 for run in runs), command, machine
+
+    return sorted(rows.items(), key=rank)
+
+
+def _curves(results, root):
+    """The curves of the first row's first run, as Markdown for a file in the folder `root`."""
+    _, (run, *_) = _rows(results)[0]
+    told, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
+    return (f"![Loss and accuracy by epoch: {told['model']}, {told['epochs']} epochs of {told['dataset']}, "
+            f"seed {told['seed']}]({path.as_posix()})")  # fmt: skip
 
 
 def _percent(values):
@@ -91,16 +111,18 @@ def _percent(values):
 
 
 def update_readme(readme, folder, check=False):
-    """Write the table of the results in `folder` into `readme`, between its two marks; whether it changed.
+    """Write the table of the results in `folder`, and the first one's curves, into `readme`; whether it changed.
 
-    With `check` nothing is written. Raises InputError where the marks are missing.
+    They stand between its two marks. With `check` nothing is written. Raises InputError where the marks are missing.
     """
     text = Path(readme).read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{readme}: the lines {BEGIN} and {END} must stand in it once")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n{results_table(load_results(folder))}\n{END}{after}"
+    results = load_results(folder)
+    made = f"{results_table(results)}\n\n{_curves(results, Path(readme).parent)}"
+    new = f"{before}{BEGIN}\n{made}\n{END}{after}"
     if new != text and not check:
         with atomic_write(readme) as file:
             file.write(new)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cifar_fastai.errors import InputError
-from cifar_fastai.results import keep_result, load_results, results_table, update_readme
+from cifar_fastai.results import BEGIN, END, Kept, keep_result, load_results, results_table, update_readme
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/metrics.json"))
@@ -38,7 +38,7 @@ def _result(seed, accuracy, epochs=20):
     metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, test_accuracy=accuracy,
                    tta_accuracy=(accuracy or 0) + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
                    precision="bf16")  # fmt: skip
-    return config, metrics
+    return Kept(config, metrics)
 
 
 def test_the_table_has_mean_and_deviation_over_seeds():
@@ -57,11 +57,28 @@ def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="only a finished run"):
         keep_result(run, tmp_path / "results")
-    for name in ("history.csv", "metrics.json", "predictions.csv"):
+    for name in ("history.csv", "metrics.json", "predictions.csv", "curves.png"):
         (run / name).write_text("{}")
     kept = keep_result(run, tmp_path / "results")
     assert "ann" not in (kept / "config.json").read_text()
-    assert load_results(tmp_path / "results")[0][0]["given"]["data"] == "cifar10.tgz"
+    assert load_results(tmp_path / "results")[0].config["given"]["data"] == "cifar10.tgz"
+
+
+def test_the_curves_are_those_of_the_first_row(tmp_path):
+    for name, accuracy in (("a", 0.7), ("b", 0.9)):
+        run = tmp_path / "results" / name
+        run.mkdir(parents=True)
+        made = _result(1, accuracy, epochs=int(10 * accuracy))
+        made.config["given"]["epochs"] = made.metrics["epochs"]
+        for part, text in (("config", json.dumps(made.config)), ("metrics", json.dumps(made.metrics))):
+            (run / f"{part}.json").write_text(text)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    assert update_readme(readme, tmp_path / "results")
+    text = readme.read_text()
+    assert "![Loss and accuracy by epoch: resnet18, 9 epochs of CIFAR-10, seed 1](results/b/curves.png)" in text
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert not update_readme(readme, tmp_path / "results")
 
 
 def test_a_readme_without_marks_is_refused(tmp_path):
@@ -72,8 +89,9 @@ def test_a_readme_without_marks_is_refused(tmp_path):
 
 def test_the_most_accurate_stands_first_in_its_data_set():
     runs = [_result(1, 0.7, epochs=3), _result(2, 0.9), _result(3, None), _result(4, 0.99)]
-    for number, (config, _) in enumerate(runs):
-        config["given"]["epochs"] = number
-    runs[3][1]["dataset"] = "digits"
-    rows = results_table([(config, metrics | {"tta_accuracy": None}) for config, metrics in runs]).splitlines()[2:6]
+    for number, run in enumerate(runs):
+        run.config["given"]["epochs"] = number
+        run.metrics["tta_accuracy"] = None
+    runs[3].metrics["dataset"] = "digits"
+    rows = results_table(runs).splitlines()[2:6]
     assert [row.split(" | ")[4] for row in rows] == ["90.00%", "70.00%", "-", "99.00%"]
