@@ -23,7 +23,7 @@ class Kept(NamedTuple):
 
     config: dict
     metrics: dict
-    folder: Path = Path()
+    folder: Path
 
 
 def keep_result(run, folder):
@@ -96,10 +96,12 @@ def _rows(results):
 
 
 def _curves(results, root):
-    """The curves of the first row's first run, as Markdown for a file in the folder `root`."""
+    """The curves of the first row's first run, as lines of Markdown for a file in the folder `root`; no run, none."""
+    if not results:
+        return ""
     _, (run, *_) = _rows(results)[0]
     told, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
-    return (f"![Loss and accuracy by epoch: {told['model']}, {told['epochs']} epochs of {told['dataset']}, "
+    return (f"\n\n![Loss and accuracy by epoch: {told['model']}, {told['epochs']} epochs of {told['dataset']}, "
             f"seed {told['seed']}]({path.as_posix()})")  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def update_readme(readme, folder, check=False):
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     results = load_results(folder)
-    made = f"{results_table(results)}\n\n{_curves(results, Path(readme).parent)}"
+    made = results_table(results) + _curves(results, Path(readme).parent)
     new = f"{before}{BEGIN}\n{made}\n{END}{after}"
     if new != text and not check:
         with atomic_write(readme) as file:

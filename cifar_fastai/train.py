@@ -41,7 +41,7 @@ def train(recipe, given, finish=None):
 
     `finish` takes the trained run and by default writes all that a run's folder holds. Returns the folder. InputError
     for what cannot be, RunError for what went wrong, Stopped by a signal; up to the last finished epoch all is kept,
-    and `--resume` goes on from there.
+    and `--resume` goes on from there. On a CPU the process keeps, from here on, the memory that it frees.
     """
     with catch_signals(), ExitStack() as stack:
         folder = None if given.get("resume") is None else run_to_resume(given["resume"])

@@ -1,28 +1,29 @@
 """3x3 convolutions with a quarter of the multiplications, for processors that compute them in float32.
 
 Winograd's F(4x4, 3x3): tiles of 6x6 pixels and filters of 3x3 are transformed so that 36 multiplications give 4x4
-pixels of the output, where the sum written out takes 144. Values and gradients agree with torch's own within float32's
-rounding. Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
+pixels of the output, where the sum written out takes 144. Values and gradients differ from torch's own by a few
+millionths. Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
 
 Shapes: B images of H x W pixels, C channels in and K out, T x T tiles of 4x4 pixels, where T stands for H/4 and W/4.
 """
 
 from functools import cache
+from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["plain_convolutions", "winograd_convolutions"]
 
 _G = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-                   [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])  # fmt: skip
+                   [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
+                  dtype=torch.float32, device="cpu")  # fmt: skip
 _GG = torch.kron(_G, _G)  # (36, 9): a 3x3 filter to its 6x6 transform, both as vectors
 
 # Below this many pixels (B x H x W) the transforms of the filters cost more than they save.
 _WORTH_IT = 1024
 
-# Values in the transformed tiles of one chunk of images: 9 MB, which the caches of a CPU hold.
+# Values in the transformed tiles of one chunk of images: 9 MB, so that they and as many products stay in a large cache.
 _CHUNK = 36 * 65536
 
 
@@ -30,18 +31,18 @@ def winograd_convolutions(model):
     """Let the 3x3 convolutions of `model`, on a CPU, be computed so where the model is compiled.
 
     Parameters, names and what hooks see stay as they are; convolutions that are no whole number of tiles, or in half
-    precision, or run uncompiled, stay torch's own.
+    precision, or run uncompiled, stay torch's own. A pickled model holds torch's own again.
     """
     for conv in model.modules():
-        if isinstance(conv, nn.Conv2d) and _fits(conv):
-            conv._conv_forward = _conv_forward
+        if isinstance(conv, nn.Conv2d) and type(conv)._conv_forward is nn.Conv2d._conv_forward and _fits(conv):
+            conv._conv_forward = MethodType(_conv_forward, conv)  # pickle keeps its name, which is that of torch's own
 
 
 def plain_convolutions(model):
     """Take `winograd_convolutions` back."""
     for conv in model.modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.__dict__.pop("_conv_forward", None)
+        if getattr(conv.__dict__.get("_conv_forward"), "__func__", None) is _conv_forward:
+            del conv._conv_forward
 
 
 def _fits(conv):
@@ -50,15 +51,18 @@ def _fits(conv):
     return plain and wide and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _conv_forward(x, weight, bias):
-    """Stands for `nn.Conv2d._conv_forward`: x (B, C, H, W) -> (B, K, H, W). What is not compiled stays torch's own."""
-    n, _, height, width = x.shape
-    whole = height % 4 == 0 and width % 4 == 0 and n * height * width >= _WORTH_IT
-    float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (torch.compiler.is_compiling() and whole and float32):
-        return F.conv2d(x, weight, bias, padding=1)
+def _conv_forward(conv, x, weight, bias):
+    """Stands for `nn.Conv2d._conv_forward`: x (B, C, H, W) -> (B, K, H, W)."""
+    float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (torch.compiler.is_compiling() and float32 and x.ndim == 4 and _whole(x) and _fits(conv)):
+        return nn.Conv2d._conv_forward(conv, x, weight, bias)
     y = conv3x3(x, weight)
     return y if bias is None else y + bias[:, None, None]
+
+
+def _whole(x):
+    n, _, height, width = x.shape
+    return height % 4 == 0 and width % 4 == 0 and n * height * width >= _WORTH_IT
 
 
 @torch.library.custom_op("cifar_fastai::conv3x3", mutates_args=())

@@ -14,7 +14,7 @@ RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/
 
 
 def test_readme_shows_what_the_kept_runs_give():
-    assert RESULTS
+    assert RESULTS and all((run / "curves.png").exists() for run in RESULTS)
     assert not update_readme(ROOT / "README.md", ROOT / "recipes" / "results", check=True)
 
 
@@ -38,7 +38,7 @@ def _result(seed, accuracy, epochs=20):
     metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, test_accuracy=accuracy,
                    tta_accuracy=(accuracy or 0) + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
                    precision="bf16")  # fmt: skip
-    return Kept(config, metrics)
+    return Kept(config, metrics, Path("results"))
 
 
 def test_the_table_has_mean_and_deviation_over_seeds():

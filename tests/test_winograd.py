@@ -35,11 +35,19 @@ def three_images_per_chunk(monkeypatch):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_values_and_gradients_are_those_of_torch_in_double_precision(uncompiled, monkeypatch, chunks, channels_last):
     chunks(monkeypatch)
+    compare(n=7, n_in=3, n_out=5, channels_last=channels_last)
+
+
+def test_the_widest_layer_of_resnet18(uncompiled):
+    compare(n=1, n_in=512, n_out=512, height=4, width=4)
+
+
+def compare(n, n_in, n_out, height=8, width=12, channels_last=True):  # 2 x 3 tiles: no square
     layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
-    x = torch.randn(7, 3, 8, 12).contiguous(memory_format=layout).requires_grad_()  # 2 x 3 tiles: no square
-    weight = torch.randn(5, 3, 3, 3).contiguous(memory_format=layout).requires_grad_()
-    grad = torch.randn(7, 5, 8, 12)
+    x = torch.randn(n, n_in, height, width).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(n_out, n_in, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn(n, n_out, height, width)
 
     y = conv3x3(x, weight)
     y.backward(grad)
@@ -48,7 +56,16 @@ def test_values_and_gradients_are_those_of_torch_in_double_precision(uncompiled,
     exact = F.conv2d(exact_x, exact_weight, padding=1)
     exact.backward(grad.double())
     for ours, theirs in ((y, exact), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_what_the_compiler_is_told_is_so(uncompiled, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, weight = (torch.randn(shape).contiguous(memory_format=layout) for shape in ((3, 5, 8, 12), (7, 5, 3, 3)))
+    torch.library.opcheck(conv3x3, (x, weight))
+    torch.library.opcheck(conv3x3, (x.requires_grad_(), weight.requires_grad_()))
+    torch.library.opcheck(winograd.conv3x3_backward, (torch.randn(3, 7, 8, 12), x.detach(), weight.detach()))
 
 
 def test_one_tile_by_hand(uncompiled):
@@ -81,7 +98,7 @@ WIDE = dict(in_channels=16, out_channels=16, kernel_size=3, padding=1)
 def test_other_convolutions_are_left_alone(change):
     conv = nn.Conv2d(**WIDE | change)
     winograd_convolutions(conv)
-    assert conv._conv_forward.__func__ is nn.Conv2d._conv_forward
+    assert "_conv_forward" not in conv.__dict__
 
 
 def test_nothing_but_compiled_models_is_changed():
@@ -89,11 +106,46 @@ def test_nothing_but_compiled_models_is_changed():
     model, x = nn.Sequential(nn.Conv2d(**WIDE), nn.ReLU()), torch.randn(8, 16, 16, 16)
     expected, names = model(x), list(model.state_dict())
     winograd_convolutions(model)
+    assert "_conv_forward" in model[0].__dict__
     assert torch.equal(model(x), expected) and list(model.state_dict()) == names
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    torch.testing.assert_close(model(x[0]), expected[0])  # an image alone
+    assert b"winograd" not in pickle.dumps(model) and torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
     plain_convolutions(model)
     assert "_conv_forward" not in model[0].__dict__ and torch.equal(model(x), expected)
+
+
+def test_a_copy_computes_with_its_own_weights(uncompiled, compiling):
+    model, x = nn.Sequential(nn.Conv2d(**WIDE)), torch.randn(8, 16, 16, 16)
+    winograd_convolutions(model)
+    copied = copy.deepcopy(model)
+    nn.init.zeros_(copied[0].weight)
+    nn.init.zeros_(copied[0].bias)
+    assert torch.equal(copied(x), torch.zeros(8, 16, 16, 16)) and model(x).abs().max() > 0
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """As while a model is compiled; what is called is torch's own for what is not counted here."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    calls = []
+    monkeypatch.setattr(winograd, "conv3x3", lambda x, weight: calls.append(tuple(x.shape)) or conv3x3(x, weight))
+    return calls
+
+
+def test_only_what_pays_and_fits_is_computed_so(uncompiled, compiling):
+    model, x = nn.Sequential(nn.Conv2d(**WIDE)), torch.randn(8, 16, 16, 16)
+    expected = model(x)
+    winograd_convolutions(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-4)
+    assert compiling == [(8, 16, 16, 16)]
+    for few in (x[:3], x[..., :14, :14], x[0]):  # 768 pixels; no whole tiles; an image alone
+        assert torch.equal(model(few), F.conv2d(few, model[0].weight, model[0].bias, padding=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    model[0].padding = model[0].dilation = (2, 2)  # as one does for finer maps
+    assert torch.equal(model(x), F.conv2d(x, model[0].weight, model[0].bias, padding=2, dilation=2))
+    assert len(compiling) == 1
 
 
 def step(net, x):
@@ -105,7 +157,8 @@ def step(net, x):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_uses_them_and_learns_the_same():
+def test_a_compiled_model_uses_them_and_learns_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is compiled is today's
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
