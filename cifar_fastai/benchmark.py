@@ -22,7 +22,9 @@ from cifar_fastai.data import ImageSet
 from cifar_fastai.errors import RunError
 from cifar_fastai.learner import cifar_learner, optimizer_factory
 from cifar_fastai.loaders import cifar_dls
+from cifar_fastai.memory import keep_freed_memory
 from cifar_fastai.models import resnet18
+from cifar_fastai.precision import autocast
 from cifar_fastai.progress import ConsoleProgress
 from cifar_fastai.recorder import DeviceProgress
 from cifar_fastai.runlog import RunLog
@@ -72,13 +74,14 @@ def time_epoch(s):
     """Training epochs of ResNet18, without validation: (results, notes)."""
     notes = []
 
-    def compiled(model, batch):
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
+    def compiled(model, batch, winograd=True):
         if s.compiled:
             progress("compiling")
-            failed = compile_model(model, batch, torch.autocast(s.device.type, half, enabled=half is not None))
+            failed = compile_model(model, batch, autocast(s.device, s.precision), winograd)
             notes.extend([failed] if failed and failed not in notes else [])
 
+    if s.device.type == "cpu" and keep_freed_memory():
+        notes.append("epoch: in a process that keeps the memory it frees, as a recipe's does on a CPU; so all rows do")
     dls = s.dls
     x, y = (t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
     learn = cifar_learner(dls, resnet18(), precision=s.precision, cbs=[StopOnBadLoss()])
@@ -98,6 +101,10 @@ def time_epoch(s):
     ]  # fmt: skip
     if s.precision != "fp32":
         rows.append(Row(f"usual script, in {s.precision}", script(resnet18(), s.precision, s.device), 1.0))
+    if s.compiled and s.device.type == "cpu" and s.precision == "fp32":
+        plain = resnet18().to(memory_format=torch.channels_last)
+        compiled(plain, x, winograd=False)
+        rows.insert(2, Row("the same with torch's convolutions", _fixed_batch(plain, x, y, s)))
     steps = _steps(s, rows)
     scaled = steps < s.epoch_steps
     clocks = take_turns("epoch", rows, s.repeats, partial(Clock, s.device, steps))

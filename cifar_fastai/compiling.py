@@ -27,17 +27,17 @@ def choose_compile(name, device, n_images):
     return True, "the run is long enough to earn it back"
 
 
-def compile_model(model, batch, autocast):
+def compile_model(model, batch, autocast, winograd=True):
     """Compile `model` in place and try it on one training step; None, or one line why it stays as it was.
 
     `batch`: images (B, 3, H, W) as training will give them. In place, so that the names in its state dict, export and
     pickling stay as they were. Weights, batch-norm statistics and the CPU's random state are as before. On a CPU in
-    float32 the 3x3 convolutions are Winograd's from here on (`winograd_convolutions`).
+    float32 the 3x3 convolutions become Winograd's (`winograd_convolutions`), unless `winograd` is False.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
-    if batch.device.type == "cpu":
+    if winograd and batch.device.type == "cpu":
         winograd_convolutions(model)
     try:
         model.compile()

@@ -32,6 +32,7 @@ def train(data, device, precision, bs):
     from cifar_fastai.data import load_images
     from cifar_fastai.learner import cifar_learner
     from cifar_fastai.loaders import cifar_dls
+    from cifar_fastai.memory import keep_freed_memory
 
     device, told = torch.device(device), {}
 
@@ -46,6 +47,8 @@ def train(data, device, precision, bs):
             told["done"] = time.time()
             raise CancelFitException
 
+    if device.type == "cpu":
+        keep_freed_memory()
     images = load_images(data, progress=False)
     learn = cifar_learner(cifar_dls(images, int(bs), device=device), precision=precision)
     with learn.no_bar(), learn.no_logging():
