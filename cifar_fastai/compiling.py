@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,13 @@ def choose_compile(name, device, n_images):
     return True, "the run is long enough to earn it back"
 
 
-def compile_model(model, batch, autocast, winograd=True):
+def compile_model(model, batch, autocast=None, winograd=True):
     """Compile `model` in place and try it on one training step; None, or one line why it stays as it was.
 
-    `batch`: images (B, 3, H, W) as training will give them. In place, so that the names in its state dict, export and
-    pickling stay as they were. Weights, batch-norm statistics and the CPU's random state are as before. On a CPU in
-    float32 the 3x3 convolutions become Winograd's (`winograd_convolutions`), unless `winograd` is False.
+    `batch`: images (B, 3, H, W) as training will give them, `autocast`: the context it will compute in, if any. In
+    place, so that the names in its state dict, export and pickling stay as they were. Weights, batch-norm statistics
+    and the CPU's random state are as before. On a CPU in float32 the 3x3 convolutions become Winograd's
+    (`winograd_convolutions`), unless `winograd` is False.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -42,7 +44,7 @@ def compile_model(model, batch, autocast, winograd=True):
     try:
         model.compile()
         model.train()
-        with autocast:
+        with autocast or nullcontext():
             out = model(batch)
         F.cross_entropy(out.float(), torch.zeros(len(batch), dtype=torch.long, device=batch.device)).backward()
         return None

@@ -82,7 +82,7 @@ def parameters(
     seed: int = None,  # Seed of weights, order and augmentation
     device: str = None,  # auto, cpu, cuda, cuda:N or mps
     precision: str = None,  # auto, fp32, fp16 or bf16
-    compile: str = None,  # torch.compile: auto, yes or no
+    compile: str = None,  # torch.compile, in fp32 on a CPU with Winograd's convolutions: auto, yes or no
     out: str = None,  # The run's folder (default: runs/<recipe>-<date>-<time>)
     tensorboard: bool = False,  # Write TensorBoard logs into the run's folder
     resume: str = None,  # Go on with an interrupted run: its folder, or "latest"

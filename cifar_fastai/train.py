@@ -245,7 +245,8 @@ def _compile(run):
     failed = compile_model(run.learn.model, batch, autocast(run.device, run.cfg.precision))
     run.config["compiled"] = not failed
     write_json(run.folder / "config.json", run.config)
-    print(failed or f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    winograd = ", with Winograd's convolutions" if (run.device.type, run.cfg.precision) == ("cpu", "fp32") else ""
+    print(failed or f"compiled in {time.perf_counter() - began:.0f} s{winograd}", flush=True)
 
 
 def _find_lr(run):
