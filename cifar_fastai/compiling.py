@@ -11,7 +11,7 @@ from cifar_fastai.winograd import plain_convolutions, winograd_convolutions
 
 __all__ = ["choose_compile", "compile_model", "uncompile"]
 
-# Images a run must train on before compiling for half a minute to a minute earns that back on a CPU.
+# Images a run must train on before compiling for one to three minutes earns that back on a CPU.
 _WORTH_IT = 50_000
 
 
