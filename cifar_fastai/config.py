@@ -4,9 +4,11 @@ import inspect
 import math
 import os
 import re
+import runpy
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from numbers import Integral, Real
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from cifar_fastai.names import (
 )
 from cifar_fastai.presets import PRESETS
 
-__all__ = ["BASE", "Recipe", "command_line", "parameters", "resolve"]
+__all__ = ["BASE", "Recipe", "command_line", "parameters", "recipe_page", "resolve"]
 
 
 def parameters(
@@ -36,10 +38,10 @@ def parameters(
     bs: int = None,  # Batch size, lowered so that a small set still gives 20 steps an epoch
     lr: str = None,  # Highest learning rate (a default is lowered with bs), or "find" to take it from a range test
     lr_suggest: str = None,  # The suggestion that "--lr find" takes: valley, slide, steep or minimum
-    opt: str = None,  # sgd, adam, adamw, radam, nadam, rmsprop (torch's); qhadam, larc, lamb, ranger (fastai's)
+    opt: str = None,  # sgd, adam, adamw, radam, nadam, rmsprop (torch's); muon; qhadam, larc, lamb, ranger (fastai's)
     momentum: float = None,  # Momentum, or Adam's first beta
     mom_min: float = None,  # Momentum at the peak of a one-cycle schedule, when it is to dip there
-    nesterov: str = None,  # Nesterov momentum with sgd: yes or no
+    nesterov: str = None,  # Nesterov momentum with sgd and muon: yes or no
     wd: float = None,  # Weight decay (L2)
     wd_bn_bias: str = None,  # Whether weight decay reaches batch norm and biases: yes or no
     sched: str = None,  # one-cycle, flat-cos, step, plateau or none
@@ -116,6 +118,11 @@ class Recipe:
     @property
     def settings(self):
         return {**BASE, **self.defaults}
+
+
+def recipe_page(name):
+    """What recipes/<name>.py defines, by name: its RECIPE and its main."""
+    return runpy.run_path(str(Path(__file__).parent.parent / "recipes" / f"{name}.py"))
 
 
 def resolve(recipe, given):
@@ -292,9 +299,9 @@ def _check_together(settings, given):
     refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
     refuse(s.max_holes is not None and s.max_holes < s.n_holes,
            f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})")
-    refuse("nesterov" in given and s.nesterov == "yes" and s.opt != "sgd",
-           f"--nesterov yes: only --opt sgd has it, not {s.opt}")
-    refuse(s.nesterov == "yes" and s.opt == "sgd" and s.momentum == 0,
+    refuse("nesterov" in given and s.nesterov == "yes" and s.opt not in ("sgd", "muon"),
+           f"--nesterov yes: only --opt sgd and muon have it, not {s.opt}")
+    refuse(s.nesterov == "yes" and s.opt in ("sgd", "muon") and s.momentum == 0,
            "--momentum 0: Nesterov's needs one above 0, or give --nesterov no")
     refuse(s.mom_min is not None and s.mom_min > s.momentum,
            f"--mom-min {s.mom_min}: must not be above --momentum ({s.momentum})")

@@ -13,11 +13,12 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.vision import learner as vision_learner  # noqa: F401  (it teaches plot_top_losses to draw images)
 from fastcore.foundation import L
-from torch import nn
+from torch import nn, optim
 
 from cifar_fastai import interpret  # noqa: F401  (it gives Learner plot_misclassified and plot_gradcam)
 from cifar_fastai.history import History
 from cifar_fastai.models import create_model
+from cifar_fastai.muon import Muon
 from cifar_fastai.names import FASTAI_OPTIMIZERS, TORCH_OPTIMIZERS, check_name
 from cifar_fastai.precision import Precision, ScaledStep, choose_precision
 from cifar_fastai.recorder import DeviceMean, DeviceProgress, DeviceRecorder, accuracy_per_image
@@ -25,7 +26,8 @@ from cifar_fastai.schedule import one_cycle
 
 __all__ = ["CifarLearner", "cifar_learner", "decay_groups", "optimizer_factory"]
 
-_TORCH = dict(sgd="SGD", adam="Adam", adamw="AdamW", radam="RAdam", nadam="NAdam", rmsprop="RMSprop")
+_TORCH = dict(sgd=optim.SGD, adam=optim.Adam, adamw=optim.AdamW, radam=optim.RAdam, nadam=optim.NAdam,
+              rmsprop=optim.RMSprop, muon=Muon)  # fmt: skip
 _FASTAI = dict(qhadam="QHAdam", larc="Larc", lamb="Lamb", ranger="ranger")
 _FUSED = ("sgd", "adam", "adamw")  # the others are foreach
 
@@ -91,12 +93,12 @@ def all_params(model):
 def optimizer_factory(opt="sgd", momentum=0.9, nesterov=True, wd_bn_bias=False):
     """(opt_func, splitter) for a Learner: torch's optimizer `opt`, fused or foreach, or fastai's where torch has none.
 
-    `nesterov` counts for sgd alone. Without `wd_bn_bias` weight decay leaves batch norm and biases out.
+    `nesterov` counts for sgd and muon alone. Without `wd_bn_bias` weight decay leaves batch norm and biases out.
     """
     check_name("--opt", opt, TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS)
     if opt in FASTAI_OPTIMIZERS:
         return partial(getattr(fastai_optimizers, _FASTAI[opt]), mom=momentum), all_params
-    if opt == "sgd":
+    if opt in ("sgd", "muon"):
         settings = dict(momentum=momentum, nesterov=nesterov)
     elif opt == "rmsprop":
         settings = dict(momentum=momentum)
@@ -104,7 +106,7 @@ def optimizer_factory(opt="sgd", momentum=0.9, nesterov=True, wd_bn_bias=False):
         settings = dict(betas=(momentum, 0.999))
     settings["fused" if opt in _FUSED else "foreach"] = True
     wrapper, splitter = (OptimWrapper, all_params) if wd_bn_bias else (NoDecayOptim, decay_groups)
-    return partial(wrapper, opt=partial(getattr(torch.optim, _TORCH[opt]), **settings)), splitter
+    return partial(wrapper, opt=partial(_TORCH[opt], **settings)), splitter
 
 
 def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom_min=None, nesterov=True, wd=5e-4,

@@ -13,7 +13,7 @@ PAD_MODES = ("zeros", "reflect")
 SCHEDULES = ("one-cycle", "flat-cos", "step", "plateau", "none")
 ANNEALS = ("cos", "linear")
 SUGGESTIONS = ("valley", "slide", "steep", "minimum")
-TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop")  # torch's own, fused or foreach
+TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop", "muon")  # fused or foreach
 FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equal, fastai's
 
 CAM_METHODS = {  # pytorch-grad-cam's, and the names of its classes

@@ -7,15 +7,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from cifar_fastai.config import command_line
+from cifar_fastai.config import command_line, recipe_page, resolve
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, write_json
+from cifar_fastai.runs import suit_batches
 
-__all__ = ["Kept", "keep_result", "load_results", "results_table", "update_readme"]
+__all__ = ["Kept", "keep_result", "load_results", "results_table", "to_repeat", "update_readme"]
 
 BEGIN, END = "<!-- results: made by recipes/results.py -->", "<!-- end of results -->"
 _KEPT = ("history.csv", "metrics.json", "predictions.csv", "curves.png")
 _PATHS = ("out", "data", "resume")  # parameters that may name a place on somebody's disk
+_OF_THE_RUN = (*_PATHS, "seed", "device", "precision", "flip")  # what the machine and the images decide
 
 
 class Kept(NamedTuple):
@@ -81,12 +83,23 @@ def results_table(results):
     return "\n".join([*lines, "", "The commands, row by row: " + "; ".join(commands) + "."])
 
 
+def to_repeat(config):
+    """`config`, a kept run's, with what repeats it today as `given`: what was given then, and what the recipe's
+    defaults were that are others now."""
+    cfg = resolve(recipe_page(config["recipe"])["RECIPE"], config["given"])
+    cfg.given = config["given"]
+    suit_batches(cfg, config["train_images"])
+    changed = {name: value for name, value in config["parameters"].items()
+               if name not in (*_OF_THE_RUN, *config["given"]) and getattr(cfg, name, value) not in (value, "find")}  # fmt: skip
+    return config | {"given": config["given"] | changed}
+
+
 def _rows(results):
     """[((command, dataset, hardware, precision), runs by seed)], the most accurate first in each data set."""
     rows = defaultdict(list)
     for run in sorted(results, key=lambda run: run.metrics["seed"]):
         about = (run.metrics[name] for name in ("dataset", "hardware", "precision"))
-        rows[command_line(run.config, without=("seed",)), *about].append(run)
+        rows[command_line(to_repeat(run.config), without=("seed",)), *about].append(run)
 
     def rank(row):
         (command, dataset, *machine), runs = row

@@ -26,7 +26,7 @@ from cifar_fastai.precision import choose_device
 from cifar_fastai.schedule import one_cycle_steps
 
 __all__ = ["describe_machine", "describe_run", "is_run", "learner_for", "load_network", "load_run", "make_folder",
-           "read_config", "run_config", "versions"]  # fmt: skip
+           "read_config", "run_config", "suit_batches", "versions"]  # fmt: skip
 
 _NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
 _OF_THE_MACHINE = ("data", "device", "out", *_NOT_KEPT)
@@ -61,18 +61,11 @@ def make_folder(recipe, out=None):
 
 
 def learner_for(cfg, images, device):
-    """The learner that `cfg`, the resolved parameters, describes.
-
-    A default `cfg.bs` is lowered for a small set, to 20 steps an epoch, and a default `cfg.lr` in proportion.
+    """The learner that `cfg`, the resolved parameters, describes: see `suit_batches` for a small set.
 
     InputError for settings that do not fit the data.
     """
-    n_train = len(split_rows(images, cfg.valid_pct, cfg.split_seed, cfg.subset)[0])
-    if "bs" not in cfg.given:
-        bs = default_bs(cfg.bs, n_train)
-        if "lr" not in cfg.given and cfg.lr != "find":
-            cfg.lr *= bs / cfg.bs  # smaller batches are noisier: Goyal and others' linear rule, arXiv:1706.02677
-        cfg.bs = bs
+    suit_batches(cfg, len(split_rows(images, cfg.valid_pct, cfg.split_seed, cfg.subset)[0]))
     if cfg.flip is None:
         cfg.flip = images.flip
     augment = {name: getattr(cfg, name) for name in _AUGMENT}
@@ -85,6 +78,15 @@ def learner_for(cfg, images, device):
     )  # fmt: skip
     learn.recorder.train_metrics = not (cfg.mixup or cfg.cutmix)  # of mixed images no class is right
     return learn
+
+
+def suit_batches(cfg, n_train):
+    """Lower a default `cfg.bs` for `n_train` images, to 20 steps an epoch, and a default `cfg.lr` in proportion."""
+    if "bs" not in cfg.given:
+        bs = default_bs(cfg.bs, n_train)
+        if "lr" not in cfg.given and cfg.lr != "find":
+            cfg.lr *= bs / cfg.bs  # smaller batches are noisier: Goyal and others' linear rule, arXiv:1706.02677
+        cfg.bs = bs
 
 
 def _callbacks(cfg):

@@ -1,13 +1,12 @@
 """Trials to choose by: settings times seeds, on a validation split, a line of csv for each."""
 
 import csv
-import runpy
 import shlex
 from pathlib import Path
 
 from fastcore.script import anno_parser
 
-from cifar_fastai.config import resolve
+from cifar_fastai.config import recipe_page, resolve
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
 from cifar_fastai.history import read_history
@@ -89,7 +88,7 @@ def _nothing(run):
 
 def read_settings(path, recipe="resnet18"):
     """(recipe, [(line, given)]) of a file with flags of recipes/<recipe>.py on each line. InputError for others."""
-    found = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / f"{recipe}.py"))
+    found = recipe_page(recipe)
     parser = anno_parser(found["main"])
     parser.exit_on_error = False
     try:

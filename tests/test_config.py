@@ -66,7 +66,7 @@ BAD = """
 --preset Gilf641                                | --preset Gilf641: no such name; did you mean gilf641?
 --preset=                                       | --preset : no such name; choose from sujitojha1
 --opt adamm                                     | --opt adamm: no such name; did you mean adam
---opt lion                                      | --opt lion: no such name; choose from sgd, adam
+--opt lion                                      | --opt lion: no such name; did you mean muon?
 --momentum 1                                    | --momentum 1.0: must be at least 0 and below 1
 --momentum -0.1                                 | --momentum -0.1: must be at least 0 and below 1
 --momentum nan                                  | --momentum nan: must be
@@ -75,7 +75,7 @@ BAD = """
 --mom-min 0.95                                  | --mom-min 0.95: must not be above --momentum (0.9)
 --mom-min 0.8 --sched step                      | --mom-min: goes with --sched one-cycle, not step
 --nesterov maybe                                | --nesterov maybe: no such name; did you mean yes?
---nesterov yes --opt adam                       | --nesterov yes: only --opt sgd has it, not adam
+--nesterov yes --opt adam                       | --nesterov yes: only --opt sgd and muon have it, not adam
 --wd -1                                         | --wd -1.0: must be at least 0 and at most 1
 --wd 1.1                                        | --wd 1.1: must be at least 0 and at most 1
 --wd-bn-bias true                               | --wd-bn-bias true: no such name; choose from yes, no

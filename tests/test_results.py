@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cifar_fastai.config import recipe_page, resolve
 from cifar_fastai.errors import InputError
-from cifar_fastai.results import BEGIN, END, Kept, keep_result, load_results, results_table, update_readme
+from cifar_fastai.results import BEGIN, END, Kept, keep_result, load_results, results_table, to_repeat, update_readme
+from cifar_fastai.runs import suit_batches
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/metrics.json"))
@@ -33,8 +35,30 @@ def test_a_kept_runs_accuracy_is_the_one_its_predictions_have(folder):
     assert "/home" not in text and "/work" not in text and "\\\\" not in text
 
 
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_the_command_beside_a_kept_run_gives_its_parameters(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    given = to_repeat(config)["given"]
+    cfg = resolve(recipe_page(config["recipe"])["RECIPE"], given)
+    cfg.given = given
+    suit_batches(cfg, config["train_images"])
+    wanted, machine = config["parameters"], ("out", "device", "precision", "flip", "lr")
+    assert {k: v for k, v in vars(cfg).items() if k in wanted and k not in machine} == {
+        k: v for k, v in wanted.items() if k not in machine
+    }
+    assert cfg.lr in ("find", wanted["lr"])
+
+
+def test_a_default_that_has_changed_since_stands_in_the_command():
+    run = _result(1, 0.9)
+    run.config["parameters"] |= {"wd": 0.123, "bs": 37}
+    assert "`python recipes/resnet18.py --data cifar10 --valid-pct 0.1 --no-test --bs 37 --wd 0.123 --seed 1`" in results_table([run])
+
+
 def _result(seed, accuracy, epochs=20):
-    config = {"recipe": "resnet18", "given": {"data": "cifar10", "seed": seed, "no_test": True}}
+    given = {"data": "cifar10", "seed": seed, "valid_pct": 0.1, "no_test": True}
+    parameters = vars(resolve(recipe_page("resnet18")["RECIPE"], given))
+    config = {"recipe": "resnet18", "given": given, "parameters": parameters, "train_images": 45_000}
     metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, test_accuracy=accuracy,
                    tta_accuracy=(accuracy or 0) + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
                    precision="bf16")  # fmt: skip
@@ -45,7 +69,7 @@ def test_the_table_has_mean_and_deviation_over_seeds():
     table = results_table([_result(1, 0.90), _result(2, 0.92)])
     row = table.splitlines()[2]
     assert row == ("| CIFAR-10 | resnet18 | 20 | 2 | 91.00% ± 1.41% | 92.00% ± 1.41% | - | 1.5 min | a GPU, bf16 |")
-    assert "`python recipes/resnet18.py --data cifar10 --no-test --seed 1 | 2`" in table
+    assert "`python recipes/resnet18.py --data cifar10 --valid-pct 0.1 --no-test --seed 1 | 2`" in table
 
 
 def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
@@ -90,7 +114,7 @@ def test_a_readme_without_marks_is_refused(tmp_path):
 def test_the_most_accurate_stands_first_in_its_data_set():
     runs = [_result(1, 0.7, epochs=3), _result(2, 0.9), _result(3, None), _result(4, 0.99)]
     for number, run in enumerate(runs):
-        run.config["given"]["epochs"] = number
+        run.config["given"]["epochs"] = number + 1
         run.metrics["tta_accuracy"] = None
     runs[3].metrics["dataset"] = "digits"
     rows = results_table(runs).splitlines()[2:6]
