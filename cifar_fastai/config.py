@@ -8,8 +8,8 @@ import runpy
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from numbers import Integral, Real
+from pathlib import Path
 from types import SimpleNamespace
 
 from cifar_fastai.errors import InputError

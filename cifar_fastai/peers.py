@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from cifar_fastai.data import CIFAR10_MEAN, CIFAR10_STD
+from cifar_fastai.precision import autocast
 
 __all__ = ["StopClock", "fastai_dls", "fastai_learner", "fit", "script_epoch", "stock_learner", "torchvision_dl",
            "training_step"]  # fmt: skip
@@ -86,13 +87,12 @@ def torchvision_dl(images, bs, workers):
 
 def training_step(model, optimizer, precision, device):
     """`step(x, y)` -> (loss, logits): PyTorch's own training step, with autocast and, in float16, a scaler."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     model.train()
 
     def step(x, y):
         optimizer.zero_grad()
-        with torch.autocast(device.type, half, enabled=half is not None):
+        with autocast(device, precision):
             out = model(x)
         loss = F.cross_entropy(out.float(), y)
         scaler.scale(loss).backward()

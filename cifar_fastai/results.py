@@ -89,8 +89,9 @@ def to_repeat(config):
     cfg = resolve(recipe_page(config["recipe"])["RECIPE"], config["given"])
     cfg.given = config["given"]
     suit_batches(cfg, config["train_images"])
+    others = config["parameters"].keys() - config["given"].keys() - set(_OF_THE_RUN)
     changed = {name: value for name, value in config["parameters"].items()
-               if name not in (*_OF_THE_RUN, *config["given"]) and getattr(cfg, name, value) not in (value, "find")}  # fmt: skip
+               if name in others and getattr(cfg, name, value) not in (value, "find")}  # fmt: skip
     return config | {"given": config["given"] | changed}
 
 

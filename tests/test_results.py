@@ -52,7 +52,8 @@ def test_the_command_beside_a_kept_run_gives_its_parameters(folder):
 def test_a_default_that_has_changed_since_stands_in_the_command():
     run = _result(1, 0.9)
     run.config["parameters"] |= {"wd": 0.123, "bs": 37}
-    assert "`python recipes/resnet18.py --data cifar10 --valid-pct 0.1 --no-test --bs 37 --wd 0.123 --seed 1`" in results_table([run])
+    command = "`python recipes/resnet18.py --data cifar10 --valid-pct 0.1 --no-test --bs 37 --wd 0.123 --seed 1`"
+    assert command in results_table([run])
 
 
 def _result(seed, accuracy, epochs=20):
