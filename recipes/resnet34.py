@@ -11,7 +11,7 @@ from cifar_fastai.cli import command
 from cifar_fastai.config import Recipe, parameters
 
 RECIPE = Recipe("resnet34", dict(
-    model="resnet34", epochs=20, bs=128, lr=0.15, pct_start=0.25, div=10.0, wd=5e-4, label_smoothing=0.1,
+    model="resnet34", epochs=20, bs=256, opt="muon", lr=0.04, pct_start=0.25, div=10.0, wd=5e-4, label_smoothing=0.1,
     padding=4, pad_mode="reflect", cutout=8,
 ))  # fmt: skip
 

@@ -25,8 +25,8 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 DIGITS = {'DATA = "auto"': 'DATA = "digits"'}
 SMALL = {
     "resnet18": DIGITS | {
-        "SUBSET = None": "SUBSET = 80", "BS = 128": "BS = 8", "EPOCHS = 20": "EPOCHS = 1",
-        "valley, slide))": "valley, slide), num_it=40)", "LR = 0.15": "LR = 0.02",
+        "SUBSET = None": "SUBSET = 80", "BS = 256": "BS = 8", "EPOCHS = 20": "EPOCHS = 1",
+        "valley, slide))": "valley, slide), num_it=40)", "LR = 0.04": "LR = 0.02",
     },
     "custom_resnet": DIGITS | {
         "SUBSET = None": "SUBSET = 80", "BS = 512": "BS = 8", "EPOCHS = 24": "EPOCHS = 1",
@@ -171,7 +171,7 @@ def test_resnet18(resnet18, folder):
     assert {name: found[name] for name in recipe if name not in small} == {
         name: value for name, value in recipe.items() if name not in small
     }
-    assert recipe["epochs"] == 20 and recipe["bs"] == 128 and recipe["lr"] == 0.15
+    assert recipe["epochs"] == 20 and recipe["bs"] == 256 and recipe["lr"] == 0.04
 
 
 @pytest.mark.slow

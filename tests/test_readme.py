@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not README.exists(), reason="no README.md")
 # what makes the examples small; each text must stand in one of them
 SMALL = {
     'load_images("auto")': 'load_images("digits")',
-    "cifar_dls(images, bs=128,": 'cifar_dls(images, bs=16, subset=160, device="cpu",',
+    "cifar_dls(images, bs=256,": 'cifar_dls(images, bs=16, subset=160, device="cpu",',
     "learn.lr_find()": "learn.lr_find(num_it=40, show_plot=False)",
-    "fit_one_cycle(20, 0.15,": "fit_one_cycle(1, 0.05,",
+    "fit_one_cycle(20, 0.04,": "fit_one_cycle(1, 0.05,",
     "range_test(learn)": "range_test(learn, num_it=40)",
     "range(len(images.labels)), bs=128)": 'range(len(images.labels)), bs=16, device="cpu")',
 }
