@@ -4,12 +4,10 @@ import inspect
 import math
 import os
 import re
-import runpy
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Integral, Real
-from pathlib import Path
 from types import SimpleNamespace
 
 from cifar_fastai.errors import InputError
@@ -27,7 +25,7 @@ from cifar_fastai.names import (
 )
 from cifar_fastai.presets import PRESETS
 
-__all__ = ["BASE", "Recipe", "command_line", "parameters", "recipe_page", "resolve"]
+__all__ = ["BASE", "Recipe", "command_line", "parameters", "resolve"]
 
 
 def parameters(
@@ -38,11 +36,11 @@ def parameters(
     bs: int = None,  # Batch size, lowered so that a small set still gives 20 steps an epoch
     lr: str = None,  # Highest learning rate (a default is lowered with bs), or "find" to take it from a range test
     lr_suggest: str = None,  # The suggestion that "--lr find" takes: valley, slide, steep or minimum
-    opt: str = None,  # sgd, adam, adamw, radam, nadam, rmsprop (torch's); muon; qhadam, larc, lamb, ranger (fastai's)
+    opt: str = None,  # sgd, adam, adamw, radam, nadam, rmsprop, qhadam, larc, lamb, ranger; muon, before batch norms
     momentum: float = None,  # Momentum, or Adam's first beta
     mom_min: float = None,  # Momentum at the peak of a one-cycle schedule, when it is to dip there
     nesterov: str = None,  # Nesterov momentum with sgd and muon: yes or no
-    wd: float = None,  # Weight decay (L2)
+    wd: float = None,  # Weight decay (L2); with muon of linear layers alone
     wd_bn_bias: str = None,  # Whether weight decay reaches batch norm and biases: yes or no
     sched: str = None,  # one-cycle, flat-cos, step, plateau or none
     pct_start: float = None,  # Fraction of the run before the peak (one-cycle) or before the fall (flat-cos)
@@ -118,11 +116,6 @@ class Recipe:
     @property
     def settings(self):
         return {**BASE, **self.defaults}
-
-
-def recipe_page(name):
-    """What recipes/<name>.py defines, by name: its RECIPE and its main."""
-    return runpy.run_path(str(Path(__file__).parent.parent / "recipes" / f"{name}.py"))
 
 
 def resolve(recipe, given):

@@ -3,13 +3,17 @@
 import json
 import shutil
 from collections import defaultdict
+from inspect import signature
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import NamedTuple
 
-from cifar_fastai.config import command_line, recipe_page, resolve
+from cifar_fastai.config import command_line, parameters
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, write_json
+from cifar_fastai.presets import PRESETS
+from cifar_fastai.recipe_pages import recipe_page
 from cifar_fastai.runs import suit_batches
 
 __all__ = ["Kept", "keep_result", "load_results", "results_table", "to_repeat", "update_readme"]
@@ -85,14 +89,20 @@ def results_table(results):
 
 def to_repeat(config):
     """`config`, a kept run's, with what repeats it today as `given`: what was given then, and what the recipe's
-    defaults were that are others now."""
-    cfg = resolve(recipe_page(config["recipe"])["RECIPE"], config["given"])
-    cfg.given = config["given"]
-    suit_batches(cfg, config["train_images"])
-    others = config["parameters"].keys() - config["given"].keys() - set(_OF_THE_RUN)
-    changed = {name: value for name, value in config["parameters"].items()
-               if name in others and getattr(cfg, name, value) not in (value, "find")}  # fmt: skip
-    return config | {"given": config["given"] | changed}
+    defaults were that are others now; in the order of `parameters`, so that its repetition says the same.
+
+    InputError where there is no such recipe any more.
+    """
+    given, then = config["given"], config["parameters"]
+    preset = PRESETS[given["preset"]].settings if given.get("preset") in PRESETS else {}
+    now = SimpleNamespace(**recipe_page(config["recipe"])["RECIPE"].settings | preset | given, given=given)
+    suit_batches(now, config["train_images"])
+    others = then.keys() - given.keys() - set(_OF_THE_RUN) - ({"lr"} if "lr_find" in config else set())
+    changed = {name for name in others if getattr(now, name, None) != then[name]}
+    if "bs" in changed and "lr" in others:  # a default rate would no longer be lowered with it
+        changed.add("lr")
+    named, order = {name: then[name] for name in changed} | given, [*signature(parameters).parameters, *given]
+    return config | {"given": {name: named[name] for name in order if name in named}}
 
 
 def _rows(results):

@@ -85,7 +85,8 @@ def suit_batches(cfg, n_train):
     if "bs" not in cfg.given:
         bs = default_bs(cfg.bs, n_train)
         if "lr" not in cfg.given and cfg.lr != "find":
-            cfg.lr *= bs / cfg.bs  # smaller batches are noisier: Goyal and others' linear rule, arXiv:1706.02677
+            # smaller batches are noisier: for SGD this is Goyal and others' linear rule, arXiv:1706.02677
+            cfg.lr *= bs / cfg.bs
         cfg.bs = bs
 
 

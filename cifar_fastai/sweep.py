@@ -6,10 +6,11 @@ from pathlib import Path
 
 from fastcore.script import anno_parser
 
-from cifar_fastai.config import recipe_page, resolve
+from cifar_fastai.config import resolve
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write
 from cifar_fastai.history import read_history
+from cifar_fastai.recipe_pages import recipe_page
 from cifar_fastai.runs import read_config
 from cifar_fastai.signals import Stopped
 from cifar_fastai.train import train

@@ -1,4 +1,4 @@
-"""The learning-rate range test alone: the curve with its suggestions marked, and the numbers.
+"""The learning-rate range test alone, of resnet18.py: the curve with its suggestions marked, and the numbers.
 
     python recipes/find_lr.py --out lr_find.png
 """
@@ -6,12 +6,13 @@
 from fastcore.meta import delegates
 
 from cifar_fastai.cli import command
-from cifar_fastai.config import BASE, Recipe, parameters
+from cifar_fastai.config import Recipe, parameters
+from cifar_fastai.recipe_pages import recipe_page
 
-RECIPE = Recipe("find_lr", dict(lr="find"))
+RECIPE = Recipe("find_lr", recipe_page("resnet18")["RECIPE"].defaults | dict(lr="find"))
 
 
-@command(BASE | RECIPE.defaults)
+@command(RECIPE.settings)
 @delegates(parameters)
 def main(
     start_lr: float = 1e-5,  # The range's lowest learning rate

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_fastai.config import recipe_page, resolve
+from cifar_fastai.config import resolve
 from cifar_fastai.errors import InputError
+from cifar_fastai.recipe_pages import recipe_page
 from cifar_fastai.results import BEGIN, END, Kept, keep_result, load_results, results_table, to_repeat, update_readme
 from cifar_fastai.runs import suit_batches
 
@@ -52,8 +53,33 @@ def test_the_command_beside_a_kept_run_gives_its_parameters(folder):
 def test_a_default_that_has_changed_since_stands_in_the_command():
     run = _result(1, 0.9)
     run.config["parameters"] |= {"wd": 0.123, "bs": 37}
-    command = "`python recipes/resnet18.py --data cifar10 --valid-pct 0.1 --no-test --bs 37 --wd 0.123 --seed 1`"
-    assert command in results_table([run])
+    assert "--data cifar10 --bs 37 --lr 0.04 --wd 0.123 --valid-pct 0.1 --no-test --seed 1`" in results_table([run])
+
+
+def test_a_run_made_by_the_command_of_an_older_one_joins_its_row():
+    old = _result(1, 0.9)
+    old.config["parameters"] |= {"wd": 0.123, "momentum": 0.8}
+    old.config["given"]["label_smoothing"] = old.config["parameters"]["label_smoothing"] = 0.2
+    new = _result(2, 0.9)
+    new.config["given"] = to_repeat(old.config)["given"] | {"seed": 2}
+    new.config["parameters"] |= old.config["parameters"] | {"seed": 2}
+    assert "--seed 1 | 2`" in results_table([old, new])
+
+
+def test_a_rate_that_a_range_test_found_is_found_again():
+    run = _result(1, 0.9)
+    run.config["parameters"]["lr"] = 0.003
+    assert "--lr 0.003" in results_table([run])
+    run.config["lr_find"] = {"valley": 0.003}
+    assert "--lr" not in results_table([run])
+
+
+def test_a_page_that_is_no_recipe_is_not_run(tmp_path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    run = _result(1, 0.9)
+    run.config["recipe"] = f"../{tmp_path}/evil"
+    with pytest.raises(InputError, match="recipe .*: no such name"):
+        results_table([run])
 
 
 def _result(seed, accuracy, epochs=20):

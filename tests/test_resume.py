@@ -57,7 +57,7 @@ VARIANTS = {
     "tensorboard": dict(tensorboard=True),
 }  # fmt: skip
 VARIANTS |= {opt: dict(opt=opt, lr=0.01)
-             for opt in ("adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")}  # fmt: skip
+             for opt in ("muon", "adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")}  # fmt: skip
 SLOW = {"linear", "constant", "penalties", "clip value", "subset", "adamw", "rmsprop", "radam", "qhadam", "larc"}
 
 
