@@ -16,6 +16,7 @@ from cifar_fastai.names import (
     CAM_METHODS,
     FASTAI_OPTIMIZERS,
     MODEL_NAMES,
+    NESTEROV_OPTIMIZERS,
     PAD_MODES,
     PRECISIONS,
     SCHEDULES,
@@ -292,9 +293,9 @@ def _check_together(settings, given):
     refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
     refuse(s.max_holes is not None and s.max_holes < s.n_holes,
            f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})")
-    refuse("nesterov" in given and s.nesterov == "yes" and s.opt not in ("sgd", "muon"),
-           f"--nesterov yes: only --opt sgd and muon have it, not {s.opt}")
-    refuse(s.nesterov == "yes" and s.opt in ("sgd", "muon") and s.momentum == 0,
+    refuse("nesterov" in given and s.nesterov == "yes" and s.opt not in NESTEROV_OPTIMIZERS,
+           f"--nesterov yes: only --opt {' and '.join(NESTEROV_OPTIMIZERS)} have it, not {s.opt}")
+    refuse(s.nesterov == "yes" and s.opt in NESTEROV_OPTIMIZERS and s.momentum == 0,
            "--momentum 0: Nesterov's needs one above 0, or give --nesterov no")
     refuse(s.mom_min is not None and s.mom_min > s.momentum,
            f"--mom-min {s.mom_min}: must not be above --momentum ({s.momentum})")

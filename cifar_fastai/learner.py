@@ -19,7 +19,7 @@ from cifar_fastai import interpret  # noqa: F401  (it gives Learner plot_misclas
 from cifar_fastai.history import History
 from cifar_fastai.models import create_model
 from cifar_fastai.muon import Muon
-from cifar_fastai.names import FASTAI_OPTIMIZERS, TORCH_OPTIMIZERS, check_name
+from cifar_fastai.names import FASTAI_OPTIMIZERS, NESTEROV_OPTIMIZERS, TORCH_OPTIMIZERS, check_name
 from cifar_fastai.precision import Precision, ScaledStep, choose_precision
 from cifar_fastai.recorder import DeviceMean, DeviceProgress, DeviceRecorder, accuracy_per_image
 from cifar_fastai.schedule import one_cycle
@@ -91,14 +91,14 @@ def all_params(model):
 
 
 def optimizer_factory(opt="sgd", momentum=0.9, nesterov=True, wd_bn_bias=False):
-    """(opt_func, splitter) for a Learner: torch's optimizer `opt`, fused or foreach, or fastai's where torch has none.
+    """(opt_func, splitter) for a Learner: torch's optimizer `opt` or `Muon`, or fastai's where torch has none.
 
     `nesterov` counts for sgd and muon alone. Without `wd_bn_bias` weight decay leaves batch norm and biases out.
     """
     check_name("--opt", opt, TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS)
     if opt in FASTAI_OPTIMIZERS:
         return partial(getattr(fastai_optimizers, _FASTAI[opt]), mom=momentum), all_params
-    if opt in ("sgd", "muon"):
+    if opt in NESTEROV_OPTIMIZERS:
         settings = dict(momentum=momentum, nesterov=nesterov)
     elif opt == "rmsprop":
         settings = dict(momentum=momentum)

@@ -4,8 +4,9 @@ from difflib import get_close_matches
 
 from cifar_fastai.errors import InputError
 
-__all__ = ["ANNEALS", "CAM_METHODS", "CLASSLESS", "FASTAI_OPTIMIZERS", "MODEL_NAMES", "PAD_MODES", "PER_CHANNEL",
-           "PRECISIONS", "SCHEDULES", "SUGGESTIONS", "TORCH_OPTIMIZERS", "check_name"]  # fmt: skip
+__all__ = ["ANNEALS", "CAM_METHODS", "CLASSLESS", "FASTAI_OPTIMIZERS", "MODEL_NAMES", "NESTEROV_OPTIMIZERS",
+           "PAD_MODES", "PER_CHANNEL", "PRECISIONS", "SCHEDULES", "SUGGESTIONS", "TORCH_OPTIMIZERS",
+           "check_name"]  # fmt: skip
 
 MODEL_NAMES = ("resnet18", "resnet34", "custom_resnet")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -14,6 +15,7 @@ SCHEDULES = ("one-cycle", "flat-cos", "step", "plateau", "none")
 ANNEALS = ("cos", "linear")
 SUGGESTIONS = ("valley", "slide", "steep", "minimum")
 TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop", "muon")  # fused or foreach
+NESTEROV_OPTIMIZERS = ("sgd", "muon")
 FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equal, fastai's
 
 CAM_METHODS = {  # pytorch-grad-cam's, and the names of its classes

@@ -1,8 +1,6 @@
 """Tiny data and networks that the tests share."""
 
 import os
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,9 +55,6 @@ def tiny_model():
     return TinyNet()
 
 
-def run_recipe(name):
-    """The names in recipes/<name>.py: RECIPE, main and what it imports."""
-    return runpy.run_path(str(Path(__file__).parent.parent / "recipes" / f"{name}.py"))
 
 
 @pytest.fixture(scope="session")

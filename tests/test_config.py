@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_recipe
 from PIL import Image
 
 from cifar_fastai import config, names
 from cifar_fastai.config import BASE, CHOICES, RANGES, Recipe, resolve
 from cifar_fastai.errors import InputError
 from cifar_fastai.presets import PRESETS
+from cifar_fastai.recipe_pages import recipe_page
 
-RECIPES = {name: run_recipe(name) for name in ("resnet18", "resnet34", "custom_resnet", "find_lr")}
+RECIPES = {name: recipe_page(name) for name in ("resnet18", "resnet34", "custom_resnet", "find_lr")}
 
 
 @pytest.fixture

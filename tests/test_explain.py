@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import sklearn.datasets
-from conftest import run_recipe
 from PIL import Image
 
 from cifar_fastai import load_run, predict_files
 from cifar_fastai.errors import InputError
 from cifar_fastai.explain import explain_run
 from cifar_fastai.predict import Predictions
+from cifar_fastai.recipe_pages import recipe_page
 
 
 @pytest.fixture
@@ -105,6 +105,6 @@ def test_a_wrong_word_ends_in_one_line_before_the_work(run, photo, monkeypatch, 
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     monkeypatch.setattr("sys.argv", ["explain.py", *words])
     with pytest.raises(SystemExit) as ended:
-        run_recipe("explain")["main"]()
+        recipe_page("explain")["main"]()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and says in error and error.count("\n") == 1 and error.startswith("error: ")

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import runpy
 import tomllib
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+
+from cifar_fastai.recipe_pages import recipe_page
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -154,7 +155,7 @@ def check(notebook, folder, name):
 def parameters(folder, name):
     """(the parameters of the run that the notebook wrote, those that its recipe sets)."""
     config = json.loads((folder / "runs" / name / "config.json").read_text())
-    return config["parameters"], runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))["RECIPE"].defaults
+    return config["parameters"], recipe_page(name)["RECIPE"].defaults
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from conftest import run_recipe
 from test_schedule import Steps
 
 from cifar_fastai.config import Recipe, resolve
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.loaders import cifar_dls
 from cifar_fastai.presets import PRESETS
+from cifar_fastai.recipe_pages import recipe_page
 from cifar_fastai.schedule import fit_scheduled
 
 torch.set_num_threads(1)
-RECIPES = [run_recipe(name)["RECIPE"] for name in ("resnet18", "resnet34", "custom_resnet", "find_lr")]
+RECIPES = [recipe_page(name)["RECIPE"] for name in ("resnet18", "resnet34", "custom_resnet", "find_lr")]
 RESNET18, RESNET34, CUSTOM, FIND_LR = RECIPES
 TABLE = {
     "sujitojha1": dict(

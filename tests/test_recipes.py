@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_recipe
 from test_report_browser import BROWSER, Chromium
 
 from cifar_fastai.presets import PRESETS
+from cifar_fastai.recipe_pages import recipe_page
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -88,7 +88,7 @@ def test_weights_load_safely_and_learner_pkl_in_a_fresh_process(finished):
 
 def test_explain_reads_the_run(finished, tmp_path, capsys):
     out, _ = finished
-    run_recipe("explain")["main"](run=str(out), n=2, out=str(tmp_path / "why.png"), data="digits")
+    recipe_page("explain")["main"](run=str(out), n=2, out=str(tmp_path / "why.png"), data="digits")
     assert (tmp_path / "why.png").stat().st_size > 10_000
     assert "true" in capsys.readouterr().out
 
@@ -121,7 +121,7 @@ def test_help_answers_at_once_and_shows_the_recipes_own_defaults():
 @pytest.mark.parametrize("name", ["resnet34", "custom_resnet"])
 def test_the_other_networks(name, tmp_path):
     given = SHORT | (dict(lr="0.01") if name == "custom_resnet" else {})
-    run_recipe(name)["main"](**given, out=str(tmp_path / "run"))
+    recipe_page(name)["main"](**given, out=str(tmp_path / "run"))
     assert FILES <= {path.name for path in (tmp_path / "run").iterdir()}
     metrics = metrics_of(tmp_path / "run")
     assert metrics["model"] == name
@@ -132,7 +132,7 @@ def test_the_other_networks(name, tmp_path):
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_runs(preset, tmp_path):
     recipe = "custom_resnet" if preset == "vivek-a81" else "resnet18"
-    run_recipe(recipe)["main"](**SHORT, preset=preset, out=str(tmp_path / "run"))
+    recipe_page(recipe)["main"](**SHORT, preset=preset, out=str(tmp_path / "run"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["parameters"]["preset"] == preset
     assert config["parameters"]["lr"] > 0 and metrics_of(tmp_path / "run")["epochs"] == 1
@@ -142,7 +142,7 @@ def test_every_preset_runs(preset, tmp_path):
 def test_a_found_learning_rate_and_a_validation_split(tmp_path):
     given = dict(SHORT, subset=60, bs=4, lr="find", valid_pct=0.1, no_test=True, save_best=True, patience=3, ema=0.9,
                  mixup=0.2, tensorboard=True, out=str(tmp_path / "run"))  # fmt: skip
-    run_recipe("custom_resnet")["main"](**given)
+    recipe_page("custom_resnet")["main"](**given)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert FILES | {"lr_find.png", "best.pth", "tensorboard"} == names
     metrics = metrics_of(tmp_path / "run")
@@ -152,7 +152,7 @@ def test_a_found_learning_rate_and_a_validation_split(tmp_path):
 
 @pytest.mark.slow
 def test_find_lr_draws_and_prints(tmp_path, capsys):
-    found = run_recipe("find_lr")["main"](**dict(SHORT, bs=4), num_it=24, out=str(tmp_path / "lr.png"))
+    found = recipe_page("find_lr")["main"](**dict(SHORT, bs=4), num_it=24, out=str(tmp_path / "lr.png"))
     assert (tmp_path / "lr.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("valley", "slide", "steep", "minimum"))
