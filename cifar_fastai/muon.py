@@ -16,13 +16,19 @@ def orthogonalised(matrices, n_steps=3):
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT  # (..., m, n), m <= n
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     gram = wide @ wide.mT  # (..., m, m)
-    one = torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)
-    turned = one
-    for _ in range(n_steps):  # on m x m alone: the steps commute, so that they meet the n columns once, at the end
-        step = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        turned, gram = step @ turned, step @ gram @ step
+    step = turned = _nearer_one(gram)
+    for _ in range(n_steps - 1):  # on m x m alone: the steps commute, so that they meet the n columns once, at the end
+        gram = step @ gram @ step
+        step = _nearer_one(gram)
+        turned = step @ turned
     wide = turned @ wide
     return wide if matrices.shape[-2] <= matrices.shape[-1] else wide.mT
+
+
+def _nearer_one(gram):
+    """What brings matrices X, whose X X^T is `gram` (..., m, m), one step nearer: a polynomial in it."""
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
 
 
 class Muon(torch.optim.Optimizer):

@@ -10,11 +10,9 @@ from fastcore.meta import delegates
 
 from cifar_fastai.cli import command
 from cifar_fastai.config import Recipe, parameters
+from cifar_fastai.recipe_pages import recipe_page
 
-RECIPE = Recipe("resnet34", dict(
-    model="resnet34", epochs=20, bs=256, opt="muon", lr=0.04, pct_start=0.25, div=10.0, wd=5e-4, label_smoothing=0.1,
-    padding=4, pad_mode="reflect", cutout=8,
-))  # fmt: skip
+RECIPE = Recipe("resnet34", recipe_page("resnet18")["RECIPE"].defaults | dict(model="resnet34"))
 
 
 @command(RECIPE.settings)
