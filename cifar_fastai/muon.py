@@ -13,16 +13,16 @@ def orthogonalised(matrices, n_steps=3):
     the Frobenius norm to between .5 and 1.21. Jordan and others: Muon, an optimizer for hidden layers in neural
     networks, 2024.
     """
-    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT  # (..., m, n), m <= n
-    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalised(matrices.mT, n_steps).mT
+    wide = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)  # (..., m, n), m <= n
     gram = wide @ wide.mT  # (..., m, m)
     step = turned = _nearer_one(gram)
     for _ in range(n_steps - 1):  # on m x m alone: the steps commute, so that they meet the n columns once, at the end
         gram = step @ gram @ step
         step = _nearer_one(gram)
         turned = step @ turned
-    wide = turned @ wide
-    return wide if matrices.shape[-2] <= matrices.shape[-1] else wide.mT
+    return turned @ wide
 
 
 def _nearer_one(gram):

@@ -55,8 +55,6 @@ def tiny_model():
     return TinyNet()
 
 
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder of PNG files, 16 train and 6 test images for each of three classes that can hardly be told apart."""
