@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform, Rotate
 
-__all__ = ["CutOut", "RandomCrop", "RandomFlip", "RandomRotate"]
+__all__ = ["AlternatingFlip", "CutOut", "RandomCrop", "RandomFlip", "RandomRotate", "TellEpoch"]
 
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect"}
 
@@ -51,6 +52,35 @@ class RandomFlip(RandTransform):
     def encodes(self, x: TensorImage):
         chosen = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < self.p_image  # (B, 1, 1, 1)
         return torch.where(chosen, x.flip(2 if self.vertical else 3), x)
+
+
+class AlternatingFlip(RandTransform):
+    """Mirror half of the images, left to right, in even epochs, and the other half in odd ones.
+
+    In any two epochs the network sees an image once from each side, where chance shows it the same side twice half of
+    the time. Which half an image belongs to is the parity of the sum of its bytes: as good as drawn, and the same on
+    every device and after a resume. It therefore runs on bytes, uint8 (B, C, H, W), before all else. `epoch` is set by
+    `TellEpoch`. Jordan: 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, arXiv:2404.00498.
+    """
+
+    order = 5
+
+    def __init__(self):
+        super().__init__(p=1.0)
+        self.epoch = 0
+
+    def encodes(self, x: TensorImage):
+        turn = x.sum((1, 2, 3), keepdim=True, dtype=torch.long) + self.epoch  # (B, 1, 1, 1)
+        return torch.where(turn % 2 == 0, x.flip(3), x)
+
+
+class TellEpoch(Callback):
+    """Tell the epoch, counted from 0, to those train-time batch transforms that depend on it."""
+
+    def before_train(self):
+        for tfm in self.dls.train.after_batch.fs:
+            if isinstance(tfm, AlternatingFlip):
+                tfm.epoch = self.epoch
 
 
 class RandomRotate(Rotate):

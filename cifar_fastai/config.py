@@ -15,6 +15,7 @@ from cifar_fastai.names import (
     ANNEALS,
     CAM_METHODS,
     FASTAI_OPTIMIZERS,
+    FLIP_BY,
     MODEL_NAMES,
     NESTEROV_OPTIMIZERS,
     PAD_MODES,
@@ -72,6 +73,7 @@ def parameters(
     max_holes: int = None,  # CutOut: each image draws from --n-holes to this many
     cutout_p: float = None,  # CutOut: probability per image
     flip: float = None,  # Probability of a horizontal flip (default: .5, on digits 0)
+    flip_by: str = None,  # Flip by chance, or by epoch: each image in every other one
     vflip: float = None,  # Probability of a vertical flip
     rotate: float = None,  # Rotate by up to so many degrees either way
     n_images: int = None,  # Images in the galleries
@@ -100,7 +102,7 @@ BASE = dict(
     valid_pct=None, split_seed=42, subset=None, no_test=False, save_best=False, patience=None,
     label_smoothing=0.0, l1=None, clip=None, clip_value=None, mixup=None, cutmix=None, ema=None,
     padding=4, pad_mode="zeros", cutout=16, n_holes=1, max_holes=None, cutout_p=1.0,
-    flip=None, vflip=0.0, rotate=0.0,
+    flip=None, flip_by="chance", vflip=0.0, rotate=0.0,
     n_images=10, n_cols=5, cam_layer=None, cam_target="predicted", cam_method="GradCAM", cam_alpha=0.5,
     seed=42, device="auto", precision="auto", compile="auto",
     out=None, tensorboard=False, resume=None, debug=False,
@@ -144,6 +146,8 @@ def _give_way(settings, given):
                             ("mixup", "cutmix"), ("cutmix", "mixup")):  # fmt: skip
         if explicit in given and other not in given:
             settings[other] = None
+    if given.get("flip", 0.5) != 0.5 and "flip_by" not in given:
+        settings["flip_by"] = "chance"
     if settings["sched"] != "one-cycle" and "mom_min" not in given:
         settings["mom_min"] = None
 
@@ -189,7 +193,7 @@ RANGES = dict(
 _YES_NO = ("yes", "no")
 CHOICES = dict(
     model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=_YES_NO,
-    wd_bn_bias=_YES_NO, sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, precision=PRECISIONS,
+    wd_bn_bias=_YES_NO, sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, flip_by=FLIP_BY, precision=PRECISIONS,
     compile=("auto", *_YES_NO), cam_target=("predicted", "true"), cam_method=tuple(CAM_METHODS),
 )  # fmt: skip
 
@@ -289,6 +293,8 @@ def _check_together(settings, given):
            "--peak-epoch and --pct-start: both say where the peak is, take one of them")
     if s.peak_epoch is not None:
         refuse(s.peak_epoch >= s.epochs, f"--peak-epoch {s.peak_epoch:g}: must lie before --epochs ({s.epochs})")
+    refuse(given.get("flip_by") == "epoch" and s.flip not in (None, 0.5),
+           f"--flip-by epoch: mirrors each image half of the time, not --flip {s.flip}")
     refuse(s.mixup and s.cutmix, "--mixup and --cutmix: take one of them, together they do not work")
     refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
     refuse(s.max_holes is not None and s.max_holes < s.n_holes,

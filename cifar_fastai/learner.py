@@ -16,6 +16,7 @@ from fastcore.foundation import L
 from torch import nn, optim
 
 from cifar_fastai import interpret  # noqa: F401  (it gives Learner plot_misclassified and plot_gradcam)
+from cifar_fastai.augment import TellEpoch
 from cifar_fastai.history import History
 from cifar_fastai.models import create_model
 from cifar_fastai.muon import Muon
@@ -131,7 +132,8 @@ def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom
         dls, net, loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=opt_func, splitter=splitter,
         lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=(momentum, momentum if mom_min is None else mom_min, momentum),
         metrics=[DeviceMean(accuracy_per_image, "accuracy")], path=path, default_cbs=False,
-        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DeviceProgress(), History(), *mixed, *L(cbs)],
+        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), TellEpoch(), DeviceProgress(), History(), *mixed,
+             *L(cbs)],
         **kwargs,
     )  # fmt: skip
     learn.settings = getattr(dls, "settings", {}) | dict(

@@ -9,9 +9,10 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.data import ImageBlock
 from fasttransform import Transform
 
-from cifar_fastai.augment import CutOut, RandomCrop, RandomFlip, RandomRotate
+from cifar_fastai.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate
 from cifar_fastai.data import ImageSet, load_images
 from cifar_fastai.errors import InputError
+from cifar_fastai.names import FLIP_BY, check_name
 from cifar_fastai.precision import choose_device
 
 __all__ = ["ArrayDL", "augmentations", "cifar_block", "cifar_dls", "default_bs", "reported_dl", "split_rows", "test_dl"]
@@ -166,14 +167,18 @@ def default_bs(bs, n_train):
     return max(1, min(bs, n_train // MIN_STEPS))
 
 
-def augmentations(padding=4, pad_mode="zeros", flip=0.5, vflip=0.0, rotate=0.0, cutout=16, n_holes=1, max_holes=None,
-                  cutout_p=1.0):  # fmt: skip
-    """The train-time batch transforms for these settings, in order; what is 0 is left out."""
+def augmentations(padding=4, pad_mode="zeros", flip=0.5, flip_by="chance", vflip=0.0, rotate=0.0, cutout=16, n_holes=1,
+                  max_holes=None, cutout_p=1.0):  # fmt: skip
+    """The train-time batch transforms for these settings, in order; what is 0 is left out.
+
+    With `flip_by` "epoch" each image is mirrored in every other epoch, whatever probability above 0 `flip` is.
+    """
+    check_name("--flip-by", flip_by, FLIP_BY)
     tfms = []
     if padding:
         tfms.append(RandomCrop(padding=padding, pad_mode=pad_mode))
     if flip:
-        tfms.append(RandomFlip(flip))
+        tfms.append(AlternatingFlip() if flip_by == "epoch" else RandomFlip(flip))
     if vflip:
         tfms.append(RandomFlip(vflip, vertical=True))
     if rotate:

@@ -4,7 +4,7 @@ from difflib import get_close_matches
 
 from cifar_fastai.errors import InputError
 
-__all__ = ["ANNEALS", "CAM_METHODS", "CLASSLESS", "FASTAI_OPTIMIZERS", "MODEL_NAMES", "NESTEROV_OPTIMIZERS",
+__all__ = ["ANNEALS", "CAM_METHODS", "CLASSLESS", "FASTAI_OPTIMIZERS", "FLIP_BY", "MODEL_NAMES", "NESTEROV_OPTIMIZERS",
            "PAD_MODES", "PER_CHANNEL", "PRECISIONS", "SCHEDULES", "SUGGESTIONS", "TORCH_OPTIMIZERS",
            "check_name"]  # fmt: skip
 
@@ -13,6 +13,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 PAD_MODES = ("zeros", "reflect")
 SCHEDULES = ("one-cycle", "flat-cos", "step", "plateau", "none")
 ANNEALS = ("cos", "linear")
+FLIP_BY = ("chance", "epoch")
 SUGGESTIONS = ("valley", "slide", "steep", "minimum")
 TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop", "muon")  # fused or foreach
 NESTEROV_OPTIMIZERS = ("sgd", "muon")

@@ -25,7 +25,8 @@ PLAIN = dict(
     model="resnet18", epochs=20, bs=128, opt="sgd", momentum=0.9, mom_min=None, nesterov="no", wd=0.0,
     wd_bn_bias="yes", label_smoothing=0.0, l1=None, clip=None, clip_value=None, mixup=None, cutmix=None, ema=None,
     sched="none", pct_start=0.3, peak_epoch=None, div=25.0, div_final=25.0 * 1e4, anneal="cos", step_size=6, gamma=0.1,
-    padding=0, pad_mode="zeros", flip=0.0, vflip=0.0, rotate=0.0, cutout=0, n_holes=1, max_holes=None, cutout_p=1.0,
+    padding=0, pad_mode="zeros", flip=0.0, flip_by="chance", vflip=0.0, rotate=0.0, cutout=0, n_holes=1, max_holes=None,
+    cutout_p=1.0,
 )  # fmt: skip
 ONE_CYCLE = PLAIN | dict(sched="one-cycle", momentum=0.95, mom_min=0.85)
 

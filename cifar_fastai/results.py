@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from cifar_fastai.config import command_line, parameters
+from cifar_fastai.config import BASE, command_line, parameters
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, write_json
 from cifar_fastai.presets import PRESETS
@@ -93,7 +93,7 @@ def to_repeat(config):
 
     InputError where there is no such recipe any more.
     """
-    given, then = config["given"], config["parameters"]
+    given, then = config["given"], BASE | config["parameters"]  # a parameter that was not there yet changed nothing
     preset = PRESETS[given["preset"]].settings if given.get("preset") in PRESETS else {}
     now = SimpleNamespace(**recipe_page(config["recipe"])["RECIPE"].settings | preset | given, given=given)
     suit_batches(now, config["train_images"])

@@ -30,7 +30,7 @@ __all__ = ["describe_machine", "describe_run", "is_run", "learner_for", "load_ne
 
 _NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
 _OF_THE_MACHINE = ("data", "device", "out", *_NOT_KEPT)
-_AUGMENT = ("padding", "pad_mode", "vflip", "rotate", "cutout", "n_holes", "max_holes", "cutout_p")
+_AUGMENT = ("padding", "pad_mode", "flip_by", "vflip", "rotate", "cutout", "n_holes", "max_holes", "cutout_p")
 
 
 def make_folder(recipe, out=None):

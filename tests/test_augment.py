@@ -1,13 +1,16 @@
 """Augmentation against plain loops over images; draws are found by looking, or drawn again from the same seed."""
 
 import math
+from collections import defaultdict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.torch_core import TensorCategory, TensorImage
 
-from cifar_fastai.augment import CutOut, RandomCrop, RandomFlip, RandomRotate
+from cifar_fastai.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate
+from cifar_fastai.learner import cifar_learner
 from cifar_fastai.loaders import augmentations, cifar_dls
 
 torch.set_num_threads(1)
@@ -123,6 +126,51 @@ def test_flips_as_often_as_asked(p):
     x = TensorImage(torch.tensor([1.0, 2.0]).expand(4000, 1, 1, 2))
     share = (train(RandomFlip(p), x)[..., 0] == 2).float().mean().item()
     assert share == pytest.approx(p, abs=0.035 if 0 < p < 1 else 0)
+
+
+# --------------------------------------------------------------- AlternatingFlip
+
+
+def test_each_image_is_mirrored_in_every_other_epoch_and_half_of_them_in_each():
+    tfm, x = AlternatingFlip(), TensorImage(torch.randint(256, (4000, 3, 8, 8), dtype=torch.uint8))
+    seen = []
+    for epoch in range(3):
+        tfm.epoch = epoch
+        out = train(tfm, x)
+        mirrored = (out != x).any((1, 2, 3))  # (4000,)
+        assert torch.equal(out[mirrored], x[mirrored].flip(3)) and torch.equal(out[~mirrored], x[~mirrored])
+        seen.append(mirrored)
+    assert torch.equal(seen[0], ~seen[1]) and torch.equal(seen[0], seen[2])
+    assert seen[0].float().mean().item() == pytest.approx(0.5, abs=0.035)
+
+
+def test_training_mirrors_by_epoch_whatever_the_batches_are(tiny_images):
+    """Also where items go one by one, and in a fit that begins at a later epoch."""
+
+    seen = defaultdict(list)  # by epoch, the images as training gets them, each as its 32 columns' sums
+
+    class Watch(Callback):
+        def before_batch(self):
+            if self.training:
+                seen[self.epoch] += plain(self.x).sum((1, 2)).tolist()
+
+    def shown(start_epoch, whole_batches, bs):
+        seen.clear()
+        dls = cifar_dls(tiny_images, bs=bs, device="cpu", padding=0, cutout=0, flip_by="epoch")
+        dls.train.whole_batches = whole_batches
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
+        learn = cifar_learner(dls, network, cbs=Watch())
+        with learn.no_logging():
+            learn.fit(4, start_epoch=start_epoch)
+        return {epoch: torch.tensor(sorted(columns)) for epoch, columns in seen.items()}
+
+    first = shown(0, whole_batches=True, bs=12)
+    assert len(first[0]) == tiny_images.n_train and not torch.equal(first[0], first[1])
+    torch.testing.assert_close(first[2], first[0])
+    torch.testing.assert_close(first[3], first[1])
+    torch.testing.assert_close(first[1], torch.tensor(sorted(first[0].flip(1).tolist())))
+    later = shown(3, whole_batches=False, bs=4)
+    torch.testing.assert_close(later[3], first[3])
 
 
 # --------------------------------------------------------------- RandomRotate
@@ -248,4 +296,5 @@ def test_what_is_zero_is_left_out():
     assert augmentations(padding=0, flip=0, cutout=0) == []
     assert augmentations(padding=0, flip=0, cutout=8, cutout_p=0) == []
     kinds = [name(tfm) for tfm in augmentations(padding=2, flip=0.5, vflip=0.1, rotate=5, cutout=8)]
+    assert [name(tfm) for tfm in augmentations(padding=0, flip_by="epoch", cutout=0)] == ["AlternatingFlip"]
     assert kinds == ["RandomCrop", "RandomFlip", "RandomFlip", "RandomRotate", "CutOut"]

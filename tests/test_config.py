@@ -142,6 +142,8 @@ BAD = """
 --cutout-p 1.1                                  | --cutout-p 1.1: must be at least 0 and at most 1
 --flip 2                                        | --flip 2.0: must be at least 0 and at most 1
 --flip yes                                      | argument --flip: invalid float value: 'yes'
+--flip 0.3 --flip-by epoch                      | --flip-by epoch: mirrors each image half of the time, not --flip 0.3
+--flip-by turns                                 | --flip-by turns: no such name; choose from chance, epoch
 --vflip -0.5                                    | --vflip -0.5: must be at least 0 and at most 1
 --rotate 181                                    | --rotate 181.0: must be at least 0 and at most 180
 --rotate -15                                    | --rotate -15.0: must be at least 0 and at most 180

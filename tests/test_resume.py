@@ -53,8 +53,8 @@ VARIANTS = {
     "patience": dict(valid_pct=0.25, save_best=True, patience=1, epochs=8, sched="none"),
     "penalties": dict(l1=1e-4, clip=0.5, label_smoothing=0.1), "clip value": dict(clip_value=0.01),
     "all augmentations": dict(max_holes=3, cutout_p=0.5, rotate=15.0, vflip=0.5, pad_mode="reflect"),
-    "subset": dict(subset=40, wd_bn_bias="yes"), "bf16": dict(precision="bf16"),
-    "tensorboard": dict(tensorboard=True),
+    "alternating flip": dict(flip_by="epoch"), "subset": dict(subset=40, wd_bn_bias="yes"),
+    "bf16": dict(precision="bf16"), "tensorboard": dict(tensorboard=True),
 }  # fmt: skip
 VARIANTS |= {opt: dict(opt=opt, lr=0.01)
              for opt in ("muon", "adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")}  # fmt: skip
