@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 _HOMES = {  # no name that is also a module's: `cifar_fastai.predict` would be one or the other by turns
     "ImageSet": "data", "load_images": "data", "cifar_dls": "loaders", "cifar_block": "loaders", "test_dl": "loaders",
-    "CutOut": "augment", "RandomCrop": "augment", "RandomFlip": "augment", "create_model": "models",
-    "resnet18": "models", "resnet34": "models", "custom_resnet": "models", "cifar_learner": "learner",
-    "range_test": "lr_finder", "load_run": "runs", "describe_run": "runs", "is_run": "runs", "write_run": "notebook",
-    "Predictions": "predict", "predict_files": "predict", "Heatmaps": "gradcam", "cam_layers": "gradcam",
-    "write_report": "report",
+    "AlternatingFlip": "augment", "CutOut": "augment", "RandomCrop": "augment", "RandomFlip": "augment",
+    "create_model": "models", "resnet18": "models", "resnet34": "models", "custom_resnet": "models",
+    "cifar_learner": "learner", "range_test": "lr_finder", "load_run": "runs", "describe_run": "runs", "is_run": "runs",
+    "write_run": "notebook", "Predictions": "predict", "predict_files": "predict", "Heatmaps": "gradcam",
+    "cam_layers": "gradcam", "write_report": "report",
 }  # fmt: skip
 
 __all__ = sorted(_HOMES)

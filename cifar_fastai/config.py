@@ -72,8 +72,8 @@ def parameters(
     n_holes: int = None,  # CutOut: holes per image
     max_holes: int = None,  # CutOut: each image draws from --n-holes to this many
     cutout_p: float = None,  # CutOut: probability per image
-    flip: float = None,  # Probability of a horizontal flip (default: .5, on digits 0)
-    flip_by: str = None,  # Flip by chance, or by epoch: each image in every other one
+    flip: float = None,  # Probability of a horizontal flip, by chance (default: .5, on digits 0)
+    flip_by: str = None,  # chance, or epoch: each image is flipped in every other one
     vflip: float = None,  # Probability of a vertical flip
     rotate: float = None,  # Rotate by up to so many degrees either way
     n_images: int = None,  # Images in the galleries
@@ -146,7 +146,7 @@ def _give_way(settings, given):
                             ("mixup", "cutmix"), ("cutmix", "mixup")):  # fmt: skip
         if explicit in given and other not in given:
             settings[other] = None
-    if given.get("flip", 0.5) != 0.5 and "flip_by" not in given:
+    if "flip" in given and "flip_by" not in given:
         settings["flip_by"] = "chance"
     if settings["sched"] != "one-cycle" and "mom_min" not in given:
         settings["mom_min"] = None

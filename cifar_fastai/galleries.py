@@ -42,7 +42,7 @@ def plot_augmentations(columns):
     n_rows = next(iter(counts.values()))
     top = 0.5 + _height(*heads, size=NORMAL)
     page = Page(max(span(len(columns), tile) + 2 * MARGIN, 4.2), top + span(n_rows, tile) + MARGIN)
-    page.text(MARGIN, 0.13, "Augmentations, drawn afresh for every image", LARGE)
+    page.text(MARGIN, 0.13, "Augmentations", LARGE)
     for column, (head, images) in enumerate(zip(heads, columns.values(), strict=True)):
         x = MARGIN + column * (tile + GAP)
         page.text(x + tile / 2, top - 0.06, head, NORMAL, ha="center", va="bottom")

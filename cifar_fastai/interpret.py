@@ -95,7 +95,7 @@ def plot_schedule(self: Learner):
 
 @patch
 def plot_augmentations(self: DataLoaders, n=6):
-    """A Figure of `n` train images as they are, after each random transform alone, and after all of them."""
+    """A Figure of `n` train images as they are, after each train-time transform alone, and after all of them."""
     return draw_augmentations(augmentation_columns(self, n))
 
 

@@ -1,7 +1,6 @@
 """Augmentation against plain loops over images; draws are found by looking, or drawn again from the same seed."""
 
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from cifar_fastai.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate
 from cifar_fastai.learner import cifar_learner
 from cifar_fastai.loaders import augmentations, cifar_dls
+from cifar_fastai.lr_finder import range_test
 
 torch.set_num_threads(1)
 ALL = [RandomCrop(), RandomCrop(padding=5, pad_mode="reflect"), RandomFlip(), RandomFlip(vertical=True),
@@ -42,6 +42,11 @@ def name(tfm):
 def test_evaluation_is_left_as_it_is(tfm):
     x = images(4)
     assert torch.equal(tfm(x, split_idx=1), x)
+
+
+def test_evaluation_is_not_mirrored_by_epoch():
+    x = TensorImage(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8))
+    assert torch.equal(AlternatingFlip()(x, split_idx=1), x)
 
 
 @pytest.mark.parametrize("tfm", ALL, ids=name)
@@ -144,33 +149,68 @@ def test_each_image_is_mirrored_in_every_other_epoch_and_half_of_them_in_each():
     assert seen[0].float().mean().item() == pytest.approx(0.5, abs=0.035)
 
 
-def test_training_mirrors_by_epoch_whatever_the_batches_are(tiny_images):
-    """Also where items go one by one, and in a fit that begins at a later epoch."""
-
-    seen = defaultdict(list)  # by epoch, the images as training gets them, each as its 32 columns' sums
+@pytest.fixture
+def shown(tiny_images):
+    """What training gets, by epoch: of each image the sums of its 32 columns, sorted. It takes the fits to do."""
 
     class Watch(Callback):
+        def before_train(self):
+            seen.append([])
+
         def before_batch(self):
             if self.training:
-                seen[self.epoch] += plain(self.x).sum((1, 2)).tolist()
+                seen[-1].extend(plain(self.x).sum((1, 2)).tolist())
 
-    def shown(start_epoch, whole_batches, bs):
+    def fitted(*fits, whole_batches=True, bs=12):
         seen.clear()
         dls = cifar_dls(tiny_images, bs=bs, device="cpu", padding=0, cutout=0, flip_by="epoch")
         dls.train.whole_batches = whole_batches
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
         learn = cifar_learner(dls, network, cbs=Watch())
-        with learn.no_logging():
-            learn.fit(4, start_epoch=start_epoch)
-        return {epoch: torch.tensor(sorted(columns)) for epoch, columns in seen.items()}
+        with learn.no_logging(), learn.no_bar():
+            for fit in fits:
+                fit(learn)
+        assert [tfm.epoch for tfm in dls.train.after_batch.fs if isinstance(tfm, AlternatingFlip)] == [0]
+        return [torch.tensor(sorted(columns)) for columns in seen]
 
-    first = shown(0, whole_batches=True, bs=12)
-    assert len(first[0]) == tiny_images.n_train and not torch.equal(first[0], first[1])
-    torch.testing.assert_close(first[2], first[0])
-    torch.testing.assert_close(first[3], first[1])
-    torch.testing.assert_close(first[1], torch.tensor(sorted(first[0].flip(1).tolist())))
-    later = shown(3, whole_batches=False, bs=4)
-    torch.testing.assert_close(later[3], first[3])
+    seen = []
+    return fitted
+
+
+def test_training_mirrors_by_epoch(shown, tiny_images):
+    epochs = shown(lambda learn: learn.fit(4))
+    assert len(epochs[0]) == tiny_images.n_train and not torch.equal(epochs[0], epochs[1])
+    torch.testing.assert_close(epochs[2], epochs[0])
+    torch.testing.assert_close(epochs[3], epochs[1])
+    torch.testing.assert_close(epochs[1], torch.tensor(sorted(epochs[0].flip(1).tolist())))
+
+
+def test_fits_that_follow_and_fits_that_begin_later_go_on_mirroring_by_epoch(shown):
+    """Also after a range test, and where items go one by one."""
+    epochs = shown(lambda learn: learn.fit(2))
+    later = shown(lambda learn: learn.fit(4, start_epoch=3), whole_batches=False, bs=4)
+    torch.testing.assert_close(later, epochs[1:])
+    apart = shown(lambda learn: learn.fit(1), lambda learn: learn.fit(1), lambda learn: learn.fit(2))
+    torch.testing.assert_close(apart, [*epochs, *epochs])
+    after = shown(lambda learn: range_test(learn, num_it=20), lambda learn: learn.fit(2))
+    torch.testing.assert_close(after[-2:], epochs)
+
+
+def test_a_distributed_loader_is_looked_into(tiny_images):
+    class Distributed:
+        """As fastai's `DistributedDL`, which needs accelerate: it holds a loader, and its `after_batch` is a method."""
+
+        def __init__(self, dl):
+            self.dl = dl
+
+        def after_batch(self, b):
+            return self.dl.after_batch(b)
+
+    learn = cifar_learner(cifar_dls(tiny_images, bs=12, device="cpu", flip_by="epoch"), "resnet18")
+    (tfm,) = (tfm for tfm in learn.dls.train.after_batch.fs if isinstance(tfm, AlternatingFlip))
+    learn.dls.loaders[0], learn.epoch = Distributed(learn.dls.train), 5
+    learn.tell_epoch.before_train()
+    assert tfm.epoch == 5
 
 
 # --------------------------------------------------------------- RandomRotate
@@ -295,6 +335,7 @@ def test_holes_are_the_mean_after_normalising(tiny_images):
 def test_what_is_zero_is_left_out():
     assert augmentations(padding=0, flip=0, cutout=0) == []
     assert augmentations(padding=0, flip=0, cutout=8, cutout_p=0) == []
-    kinds = [name(tfm) for tfm in augmentations(padding=2, flip=0.5, vflip=0.1, rotate=5, cutout=8)]
+    assert augmentations(padding=0, flip=0, flip_by="epoch", cutout=0) == []
     assert [name(tfm) for tfm in augmentations(padding=0, flip_by="epoch", cutout=0)] == ["AlternatingFlip"]
+    kinds = [name(tfm) for tfm in augmentations(padding=2, flip=0.5, vflip=0.1, rotate=5, cutout=8)]
     assert kinds == ["RandomCrop", "RandomFlip", "RandomFlip", "RandomRotate", "CutOut"]

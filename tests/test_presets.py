@@ -81,6 +81,8 @@ def test_a_flag_that_contradicts_a_preset_wins():
     cfg = resolve(RESNET18, {"preset": "gilf641", "sched": "step"})
     assert (cfg.sched, cfg.mom_min) == ("step", None)
     assert resolve(RESNET18, {"preset": "sujitojha1", "padding": 0, "cutout": 0}).cutout == 0
+    assert resolve(RESNET18, {}).flip_by == resolve(RESNET18, {"flip": 0.5, "flip_by": "epoch"}).flip_by == "epoch"
+    assert resolve(RESNET18, {"flip": 0.5}).flip_by == resolve(RESNET18, {"flip": 0.3}).flip_by == "chance"
 
 
 def fitted(images, name):
