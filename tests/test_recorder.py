@@ -68,7 +68,7 @@ def test_the_counter_sees_what_fastais_own_bar_reads(tiny_images):
 def test_losses_are_means_over_images(tiny_images):
     dls = cifar_dls(tiny_images, bs=6, val_bs=4, device="cpu", padding=0, cutout=0, flip=0.0)
     learn = cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)), lr=0.0, wd=0.0, momentum=0.0,
-                          nesterov=False)  # fmt: skip
+                          nesterov=False, precision="fp32")  # fmt: skip
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 0.0)
     train_loss, train_acc, valid_loss, valid_acc = learn.recorder.values[-1]

@@ -95,7 +95,7 @@ def test_the_gradient_scaler_goes_on_too(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def stopped(tiny, tmp_path):
     """The folder of a run that was stopped in its second epoch."""
-    tiny.train(tmp_path / "run", stop=("validate", 2), lr="0.15", seed=0)
+    tiny.train(tmp_path / "run", stop=("validate", 2), lr="0.15", seed=0, precision="fp32")
     return tmp_path / "run"
 
 
@@ -112,7 +112,7 @@ def refusal(tiny, folder, **given):
     (dict(epochs=30), "--epochs 30: this run has epochs 3"), (dict(cutout=0), "--cutout 0: this run has cutout 8"),
     (dict(seed=1), "--seed 1: this run has seed 0"), (dict(valid_pct=0.1), "--valid-pct 0.1: this run has valid-pct "),
     (dict(no_test=True), "--no-test True: this run has no-test False"), (dict(out="elsewhere"), "--out elsewhere: "),
-    (dict(data="digits"), "--data digits: this run has data /"), (dict(precision="bf16"), "--precision bf16: "),
+    (dict(data="digits"), "--data digits: this run has data /"), (dict(precision="bf16"), "--precision bf16: this"),
     (dict(preset="amitkml"), "--preset amitkml: this run has preset None"),
 ])  # fmt: skip
 def test_a_parameter_that_differs_is_refused(tiny, stopped, given, difference):
