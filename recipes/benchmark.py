@@ -9,9 +9,13 @@ of the median.
 """
 
 import os
+import sys
 import time
+from pathlib import Path
 
 from cifar_fastai.cli import command
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is no part of the package
 
 
 @command(dict(bs="512 on a GPU, else 128", repeats=5, steps="a whole epoch on a GPU, else what --minutes allow"))
@@ -31,9 +35,9 @@ def main(
     "Measure epoch, input pipeline, cost per step and start, ours and others', and print one table."
     from tempfile import TemporaryDirectory
 
-    from cifar_fastai.benchmark import time_epoch, time_pipeline, time_start, time_step_cost, write_folder
+    from benchmarks.groups import time_epoch, time_pipeline, time_start, time_step_cost, write_folder
+    from benchmarks.timing import markdown_table
     from cifar_fastai.files import write_json
-    from cifar_fastai.timing import markdown_table
 
     began = time.perf_counter()
     check(minutes=minutes, steps=steps, repeats=repeats, bs=bs, json=json)
@@ -72,14 +76,14 @@ def prepare(data, device, precision, compile, bs, minutes, steps, repeats, quick
     """The benchmark's Settings, and what is to be said about them before it starts, line by line."""
     from pathlib import Path
 
-    from cifar_fastai.benchmark import Settings, few_images
-    from cifar_fastai.compiling import choose_compile
+    from benchmarks.groups import Settings, few_images
     from cifar_fastai.config import CHOICES
-    from cifar_fastai.data import load_images
+    from cifar_fastai.data.images import load_images
+    from cifar_fastai.data.loaders import default_bs
     from cifar_fastai.errors import InputError
-    from cifar_fastai.loaders import default_bs
     from cifar_fastai.names import check_name
-    from cifar_fastai.precision import choose_device, choose_precision
+    from cifar_fastai.training.compiling import choose_compile
+    from cifar_fastai.training.precision import choose_device, choose_precision
 
     device = choose_device(device)
     precision, why_precision = choose_precision(precision, device)
@@ -112,7 +116,7 @@ def machine(settings):
     """What the numbers depend on: hardware, threads, versions."""
     import torch
 
-    from cifar_fastai.runs import describe_machine, versions
+    from cifar_fastai.runs.folder import describe_machine, versions
 
     hardware = describe_machine(torch.device("cpu"))
     if settings.device.type != "cpu":

@@ -21,7 +21,7 @@ RECIPE = Recipe("custom_resnet", dict(
 @delegates(parameters)
 def main(**given):
     "Train the custom ResNet on CIFAR-10 with one cycle whose highest learning rate is found by a range test."
-    from cifar_fastai.train import train
+    from cifar_fastai.runs.train import train
 
     return train(RECIPE, given)
 

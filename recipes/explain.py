@@ -23,7 +23,7 @@ def main(
     debug: bool = False,  # Show tracebacks
 ):
     "Explain a finished run: the three most probable classes as a table, the heatmaps as a picture."
-    from cifar_fastai.explain import explain_run
+    from cifar_fastai.runs.explain import explain_run
 
     return explain_run(run, images or (), layer, method, target, n, alpha, out, data, device)
 

@@ -21,7 +21,7 @@ def main(
     **given,
 ):
     "Draw the loss while the learning rate grows, on train images alone, into --out (default: lr_find.png)."
-    from cifar_fastai.train import find_lr
+    from cifar_fastai.runs.train import find_lr
 
     return find_lr(RECIPE, given, start_lr, end_lr, num_it)
 

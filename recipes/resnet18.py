@@ -24,7 +24,7 @@ RECIPE = Recipe("resnet18", dict(
 @delegates(parameters)
 def main(**given):
     "Train ResNet18 on CIFAR-10: data, learner, one cycle, evaluation, pictures; all of it lands in one folder."
-    from cifar_fastai.train import train
+    from cifar_fastai.runs.train import train
 
     return train(RECIPE, given)
 

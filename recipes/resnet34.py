@@ -19,7 +19,7 @@ RECIPE = Recipe("resnet34", recipe_page("resnet18")["RECIPE"].defaults | dict(mo
 @delegates(parameters)
 def main(**given):
     "Train ResNet34 on CIFAR-10; the run's folder holds its numbers, weights, pictures and page."
-    from cifar_fastai.train import train
+    from cifar_fastai.runs.train import train
 
     return train(RECIPE, given)
 

@@ -18,8 +18,9 @@ def main(
     debug: bool = False,  # Show tracebacks
 ):
     "Keep the numbers of runs under recipes/results and bring the table in README up to date."
-    from cifar_fastai.errors import RunError
     from cifar_fastai.results import keep_result, update_readme
+
+    from cifar_fastai.errors import RunError
 
     for run in runs or ():
         print(f"kept: {keep_result(run, HERE / 'results').name}")

@@ -18,7 +18,7 @@ def main(
     debug: bool = False,  # Show tracebacks
 ):
     "Train every setting with every seed and write its validation accuracy and seconds to a csv file."
-    from cifar_fastai.sweep import sweep
+    from cifar_fastai.runs.sweep import sweep
 
     return sweep(settings, seeds, valid_pct, out, runs)
 

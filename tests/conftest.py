@@ -20,7 +20,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def tiny_images():
     """An ImageSet of three classes, 48 train and 18 test images, each class brightest in a channel of its own."""
-    from cifar_fastai.data import ImageSet
+    from cifar_fastai.data.images import ImageSet
 
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.arange(48) % 3, np.arange(18) % 3]).astype(np.int64)

@@ -191,7 +191,7 @@ def test_bad_values_are_refused_before_anything_is_read_or_written(command, monk
     def read(*args, **kwargs):
         raise AssertionError("data were read")
 
-    monkeypatch.setattr("cifar_fastai.train.load_images", read)
+    monkeypatch.setattr("cifar_fastai.runs.train.load_images", read)
     status, out, err, files = command(arguments.split())
     assert message in err and "Traceback" not in err
     assert (status, out, files) == (2, "", [])
@@ -277,7 +277,7 @@ BOUNDARIES = [case.strip() for case in GOOD.replace("\n", "|").split("|") if cas
 def test_values_at_the_bounds_are_taken(monkeypatch, arguments):
     given = {}
     flags = arguments.replace(", ", ",").split()
-    monkeypatch.setattr("cifar_fastai.train.train", lambda recipe, kwargs: given.update(recipe=recipe, kwargs=kwargs))
+    monkeypatch.setattr("cifar_fastai.runs.train.train", lambda recipe, kwargs: given.update(recipe=recipe, kwargs=kwargs))
     monkeypatch.setattr(sys, "argv", ["resnet18.py", *flags])
     with pytest.raises(SystemExit) as stop:
         RECIPES["resnet18"]["main"]()

@@ -8,7 +8,7 @@ import pytest
 FAULTS = """
 import resource
 import torch
-from cifar_fastai.memory import keep_freed_memory
+from cifar_fastai.hardware import keep_freed_memory
 
 told = {kept} and keep_freed_memory()
 

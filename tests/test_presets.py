@@ -5,11 +5,11 @@ import torch
 from test_schedule import Steps
 
 from cifar_fastai.config import Recipe, resolve
-from cifar_fastai.learner import cifar_learner
-from cifar_fastai.loaders import cifar_dls
+from cifar_fastai.data.loaders import cifar_dls
 from cifar_fastai.presets import PRESETS
 from cifar_fastai.recipe_pages import recipe_page
-from cifar_fastai.schedule import fit_scheduled
+from cifar_fastai.training.learner import cifar_learner
+from cifar_fastai.training.schedule import fit_scheduled
 
 torch.set_num_threads(1)
 RECIPES = [recipe_page(name)["RECIPE"] for name in ("resnet18", "resnet34", "custom_resnet", "find_lr")]

@@ -27,7 +27,12 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from cifar_fastai import checkpoint, models, outputs, runlog, runs, tensorboard, train
+from cifar_fastai import models
+from cifar_fastai.runs import folder as runs
+from cifar_fastai.runs import results as outputs
+from cifar_fastai.runs import train
+from cifar_fastai.training import checkpoint, runlog
+from cifar_fastai.training import loggers as tensorboard
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "resnet18.py"
 

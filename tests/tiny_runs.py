@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from tiny_recipe import draw_nothing, strike, use_tiny_net
 
-from cifar_fastai import train as train_module
-from cifar_fastai.checkpoint import load_checkpoint
 from cifar_fastai.config import Recipe
-from cifar_fastai.outputs import write_results
-from cifar_fastai.signals import Stopped
-from cifar_fastai.train import train
+from cifar_fastai.runs import train as train_module
+from cifar_fastai.runs.results import write_results
+from cifar_fastai.runs.train import train
+from cifar_fastai.training.checkpoint import load_checkpoint
+from cifar_fastai.training.signals import Stopped
 
 RECIPE = Recipe("resnet18", dict(epochs=3, bs=8, lr=0.15, cutout=8, device="cpu", compile="no"))
 SCRIPT = Path(__file__).parent / "tiny_recipe.py"

@@ -1,0 +1,1 @@
+"""How far from the limit of the hardware, and what the usual scripts reach."""

@@ -1,0 +1,1 @@
+"""From image files and archives to DataLoaders."""

@@ -1,0 +1,64 @@
+"""torch.compile where it pays, and eager where it does not or fails."""
+
+import logging
+import shutil
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+from cifar_fastai.training.winograd import plain_convolutions, winograd_convolutions
+
+__all__ = ["choose_compile", "compile_model", "uncompile"]
+
+# Images a run must train on before compiling for one to three minutes earns that back on a CPU.
+_WORTH_IT = 50_000
+
+
+def choose_compile(name, device, n_images):
+    """(compile?, reason) for `name` auto, yes or no, in a run that trains on `n_images` images, all epochs counted."""
+    if name != "auto":
+        return name == "yes", "as asked"
+    if device.type != "cpu":
+        return False, "20 epochs on a GPU end before it pays; --compile yes takes it"
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++", "cl")):
+        return False, "no C++ compiler is here"
+    if n_images < _WORTH_IT:
+        return False, "the run is too short to earn it back"
+    return True, "the run is long enough to earn it back"
+
+
+def compile_model(model, batch, autocast=None, winograd=True):
+    """Compile `model` in place and try it on one training step; None, or one line why it stays as it was.
+
+    `batch`: images (B, 3, H, W) as training will give them, `autocast`: the context it will compute in, if any. In
+    place, so that the names in its state dict, export and pickling stay as they were. Weights, batch-norm statistics
+    and the CPU's random state are as before. On a CPU in float32 the 3x3 convolutions become Winograd's
+    (`winograd_convolutions`), unless `winograd` is False.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    if winograd and batch.device.type == "cpu":
+        winograd_convolutions(model)
+    try:
+        model.compile()
+        model.train()
+        with autocast or nullcontext():
+            out = model(batch)
+        F.cross_entropy(out.float(), torch.zeros(len(batch), dtype=torch.long, device=batch.device)).backward()
+        return None
+    except Exception as error:  # a compiler can fail in any way
+        uncompile(model)
+        return f"not compiled: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    finally:
+        model.zero_grad()
+        model.load_state_dict(before)
+        torch.set_rng_state(rng)
+
+
+def uncompile(model):
+    """Take a compiled model back to eager, in place."""
+    model._compiled_call_impl = None
+    plain_convolutions(model)
+    torch._dynamo.reset()

@@ -1,0 +1,120 @@
+"""Half precision switches on where it is said to, on any device, and is left again whatever happens."""
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+
+from cifar_fastai.data.loaders import cifar_dls
+from cifar_fastai.errors import InputError
+from cifar_fastai.training import precision
+from cifar_fastai.training.learner import cifar_learner
+
+CPU = torch.device("cpu")
+
+
+class Spy(nn.Module):
+    """A linear network that notes the type its convolution computes in."""
+
+    def __init__(self, n_classes=3):
+        super().__init__()
+        self.conv, self.linear, self.seen = nn.Conv2d(3, 4, 3, 4), nn.Linear(4, n_classes), []
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.seen.append(x.dtype)
+        return self.linear(x.mean((2, 3)))
+
+
+class NoteLoss(Callback):
+    def after_loss(self):
+        self.types = self.pred.dtype, self.loss.dtype, torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture
+def dls(tiny_images):
+    return cifar_dls(tiny_images, bs=8, device="cpu")
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_model_computes_in_it_and_the_loss_in_float32(dls, name, dtype):
+    note = NoteLoss()
+    learn = cifar_learner(dls, Spy(), precision=name, cbs=note)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        learn.get_preds()
+    assert set(learn.model.seen) == {dtype}, "in training, validation and prediction"
+    assert note.types == (torch.float32, torch.float32, False)
+    assert all(p.dtype is torch.float32 for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_autocast_is_left_after_an_error_in_the_model(dls, error):
+    class Failing(Spy):
+        def forward(self, x):
+            raise error
+
+    learn = cifar_learner(dls, Failing(), precision="bf16")
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(error):
+            learn.fit(1)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_fp16_scales_the_loss_and_leaves_out_a_step_that_overflows(dls):
+    learn = cifar_learner(dls, Spy(), precision="fp32", lr=0.1)
+    learn.add_cb(precision.ScaledStep())
+
+    class Overflow(Callback):
+        order = 5
+
+        def after_backward(self):
+            if self.train_iter == 1:
+                next(self.model.parameters()).grad.fill_(float("inf"))
+
+        def before_batch(self):
+            self.before = [p.clone() for p in self.model.parameters()]
+
+        def after_batch(self):
+            if self.training:
+                same = all(torch.equal(a, b) for a, b in zip(self.before, self.model.parameters(), strict=True))
+                assert same == (self.train_iter == 2), self.train_iter  # counted before this runs
+
+    learn.add_cb(Overflow())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    assert learn.scaled_step.scaler.get_scale() == 2.0**15
+
+
+def test_scaling_changes_nothing_in_float32(tiny_images):
+    weights = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        dls = cifar_dls(tiny_images, bs=8, device="cpu", padding=0, cutout=0, flip=0.0)
+        dls.train.rng.seed(0)
+        learn = cifar_learner(dls, Spy(), precision="fp32", cbs=[precision.ScaledStep()] if scaled else None)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
+        weights.append(torch.cat([p.flatten() for p in learn.model.parameters()]))
+    torch.testing.assert_close(*weights)
+
+
+def test_auto_takes_bf16_on_a_cpu_only_where_the_hardware_has_it(monkeypatch):
+    for found, expected in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert precision.choose_precision("auto", CPU)[0] == expected
+    assert precision.choose_precision("bf16", CPU) == ("bf16", "as asked")
+
+
+@pytest.mark.parametrize("name, device, message", [
+    ("fp16", CPU, "on a CPU take bf16 or fp32"), ("bf61", CPU, "did you mean bf16"),
+])  # fmt: skip
+def test_precisions_that_cannot_be(name, device, message):
+    with pytest.raises(InputError, match=message):
+        precision.choose_precision(name, device)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "mps" if not torch.backends.mps.is_available() else "cuda:98"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(InputError, match=f"--device {name}"):
+        precision.choose_device(name)
