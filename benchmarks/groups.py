@@ -31,8 +31,17 @@ from cifar_fastai.training.recorder import DeviceProgress
 from cifar_fastai.training.runlog import RunLog
 from cifar_fastai.training.signals import StopOnSignal
 
-__all__ = ["EPOCH_IMAGES", "Settings", "few_images", "time_epoch", "time_pipeline", "time_start", "time_step_cost",
-           "write_archive", "write_folder"]  # fmt: skip
+__all__ = [
+    "EPOCH_IMAGES",
+    "Settings",
+    "few_images",
+    "time_epoch",
+    "time_pipeline",
+    "time_start",
+    "time_step_cost",
+    "write_archive",
+    "write_folder",
+]
 
 EPOCH_IMAGES = 50_000  # an epoch of CIFAR-10, which times are scaled to
 START_SIZES = (10_000, 60_000)
@@ -94,11 +103,18 @@ def time_epoch(s):
     rows = [
         Row("ours, through Learner", _ours(learn, s.folder)),
         Row("limit: bare loop, one fixed batch", _fixed_batch(limit, x, y, s), 0.95 if cuda else 0.97),
-        Row("fastai, from folder", partial(_fit_stock, _fastai(s)), 1.0,
-            None if cuda else f"fastai's to_fp16 is for CUDA; on {s.device.type} it trains in fp32"),
-        Row("usual script, fp32 as published", script(resnet18(), "fp32", s.device), 4.0 if cuda else
-            2.5 if s.precision == "bf16" else 1.0),
-    ]  # fmt: skip
+        Row(
+            "fastai, from folder",
+            partial(_fit_stock, _fastai(s)),
+            1.0,
+            None if cuda else f"fastai's to_fp16 is for CUDA; on {s.device.type} it trains in fp32",
+        ),
+        Row(
+            "usual script, fp32 as published",
+            script(resnet18(), "fp32", s.device),
+            4.0 if cuda else 2.5 if s.precision == "bf16" else 1.0,
+        ),
+    ]
     if s.precision != "fp32":
         rows.append(Row(f"usual script, in {s.precision}", script(resnet18(), s.precision, s.device), 1.0))
     if s.compiled and s.device.type == "cpu" and s.precision == "fp32":
@@ -109,8 +125,9 @@ def time_epoch(s):
     scaled = steps < s.epoch_steps
     clocks = take_turns("epoch", rows, s.repeats, partial(Clock, s.device, steps))
     group = f"epoch, scaled from {steps} steps" if scaled else "epoch"
-    results = _results(group, rows, clocks, "epoch", lambda clock: clock.seconds_for(s.epoch_steps),
-                       s.epoch_steps * s.bs)  # fmt: skip
+    results = _results(
+        group, rows, clocks, "epoch", lambda clock: clock.seconds_for(s.epoch_steps), s.epoch_steps * s.bs
+    )
     if s.precision == "fp32":
         same = "our precision is fp32 on this device, so this is the row above, not measured twice"
         results.append(replace(results[-1], name="usual script, in our precision", goal=1.0, note=same))
@@ -125,16 +142,21 @@ def time_pipeline(s):
     cores = os.cpu_count()
     rows = [
         Row("ours", _batches(s.dls.train, s.device)),
-        Row(f"fastai, from folder, {min(cores, 16)} workers",
-            _batches(peers.fastai_dls(s.folder / "images", s.bs, s.device).train, s.device), 10.0),
+        Row(
+            f"fastai, from folder, {min(cores, 16)} workers",
+            _batches(peers.fastai_dls(s.folder / "images", s.bs, s.device).train, s.device),
+            10.0,
+        ),
         Row(f"torchvision, {cores} workers", _batches(peers.torchvision_dl(s.images, s.bs, cores), s.device), 4.0),
-    ]  # fmt: skip
+    ]
     warm = min(2 * cores + 1, s.data_steps - 1)  # until the queues of the workers are as full as they stay
     take_turns("warming up the pipelines", rows, 1, partial(Clock, s.device, 2))
     clocks = take_turns("pipeline", rows, s.repeats, partial(Clock, s.device, s.data_steps, warm, s.pipeline_seconds))
     results = _results("pipeline", rows, clocks, "image", lambda clock: clock.per_step / s.bs, 1)
-    return results, [f"pipeline: batches of {s.bs} after the first {warm}; ours crops, flips and cuts out, fastai's is "
-                     "aug_transforms(), torchvision's crops and flips, of images in memory"]  # fmt: skip
+    return results, [
+        f"pipeline: batches of {s.bs} after the first {warm}; ours crops, flips and cuts out, fastai's is "
+        "aug_transforms(), torchvision's crops and flips, of images in memory"
+    ]
 
 
 def time_step_cost(s):
@@ -147,12 +169,13 @@ def time_step_cost(s):
         Row("fastai's Learner, Recorder, bar, same batches", partial(_fit_stock, peers.stock_learner(dls, _linear(s)))),
         Row("bare loop, same batches", _own_batches(_linear(s), dls.train, s)),
         Row("bare loop, one fixed batch", _fixed_batch(_linear(s), x, y, s)),
-    ]  # fmt: skip
+    ]
     steps = min(s.cost_steps, s.data_steps)
     take_turns("warming up the linear layer", rows, 1, partial(Clock, s.device, 2))
     clocks = take_turns("step", rows, s.repeats, partial(Clock, s.device, steps))
     return _results("step, linear layer", rows, clocks, "step", lambda clock: clock.per_step, s.bs), [
-        "step: ours also keeps the training accuracy and the run's log, and looks out for a loss that is no number"]
+        "step: ours also keeps the training accuracy and the run's log, and looks out for a loss that is no number"
+    ]
 
 
 def time_start(s):
@@ -185,8 +208,10 @@ def time_start(s):
         peak = None if None in peaks else max(peaks)
         limit = 10.0 if what == "until the first step begins" else None
         results.append(Result(f"start, {n:,} images", what, "start", list(seconds), peak_bytes=peak, limit=limit))
-    return results, ["start: the archive holds PNG files, written from the decoded images; the first step counts from "
-                     "the start of the process, images in the cache, not compiled; memory of the host alone"]
+    return results, [
+        "start: the archive holds PNG files, written from the decoded images; the first step counts from "
+        "the start of the process, images in the cache, not compiled; memory of the host alone"
+    ]
 
 
 def few_images(images, n):
@@ -334,8 +359,12 @@ def _child(arguments, cache):
     """What `benchmarks.startup` told. RunError with the last line that it wrote, where it failed."""
     home = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-m", "benchmarks.startup", *map(str, arguments)], capture_output=True,
-                          text=True, env=os.environ | {"CIFAR_FASTAI_CACHE": str(cache), "PYTHONPATH": paths})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.startup", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CIFAR_FASTAI_CACHE": str(cache), "PYTHONPATH": paths},
+    )
     if done.returncode:
         last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         raise RunError(f"the start could not be measured: {last}")

@@ -22,8 +22,16 @@ from torchvision import datasets, transforms
 from cifar_fastai.data.images import CIFAR10_MEAN, CIFAR10_STD
 from cifar_fastai.training.precision import autocast
 
-__all__ = ["StopClock", "fastai_dls", "fastai_learner", "fit", "script_epoch", "stock_learner", "torchvision_dl",
-           "training_step"]  # fmt: skip
+__all__ = [
+    "StopClock",
+    "fastai_dls",
+    "fastai_learner",
+    "fit",
+    "script_epoch",
+    "stock_learner",
+    "torchvision_dl",
+    "training_step",
+]
 
 
 class StopClock(Callback):
@@ -50,8 +58,9 @@ def fit(learn, clock, cbs=()):
 
 def fastai_dls(folder, bs, device):
     """fastai as its documentation has it: images from folders, `aug_transforms`, as many workers as cores."""
-    return ImageDataLoaders.from_folder(folder, valid="test", bs=bs, device=device,
-                                        batch_tfms=[*aug_transforms(), Normalize.from_stats(*cifar_stats)])  # fmt: skip
+    return ImageDataLoaders.from_folder(
+        folder, valid="test", bs=bs, device=device, batch_tfms=[*aug_transforms(), Normalize.from_stats(*cifar_stats)]
+    )
 
 
 def fastai_learner(folder, model, bs, device):
@@ -75,14 +84,21 @@ class InMemory(datasets.CIFAR10):
 
 def torchvision_dl(images, bs, workers):
     """The loader of the usual script, https://github.com/kuangliu/pytorch-cifar, which has two workers."""
-    transform = transforms.Compose([
-        transforms.RandomCrop(32, padding=4),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD),
-    ])  # fmt: skip
-    return DataLoader(InMemory(images.train_images, images.train_labels, transform), bs, shuffle=True,
-                      num_workers=workers, drop_last=True)  # as fastai drops it, so that all take the same steps
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD),
+        ]
+    )
+    return DataLoader(
+        InMemory(images.train_images, images.train_labels, transform),
+        bs,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+    )  # as fastai drops it, so that all take the same steps
 
 
 def training_step(model, optimizer, precision, device):

@@ -107,10 +107,20 @@ class Result:
     def as_dict(self):
         """Everything, for JSON; times in seconds, memory in bytes."""
         return {
-            "group": self.group, "row": self.name, "unit": self.unit, "seconds": self.seconds, "median": self.median,
-            "spread": self.spread, "images_per_second": self.images_per_second, "ratio": self.ratio,
-            "peak_bytes": self.peak_bytes, "goal": self.goal, "limit": self.limit, "met": self.met, "note": self.note,
-        }  # fmt: skip
+            "group": self.group,
+            "row": self.name,
+            "unit": self.unit,
+            "seconds": self.seconds,
+            "median": self.median,
+            "spread": self.spread,
+            "images_per_second": self.images_per_second,
+            "ratio": self.ratio,
+            "peak_bytes": self.peak_bytes,
+            "goal": self.goal,
+            "limit": self.limit,
+            "met": self.met,
+            "note": self.note,
+        }
 
 
 def take_turns(title, rows, repeats, new_clock):
@@ -141,8 +151,15 @@ def markdown_table(results):
         if above[0] == below[0]:
             below[0] = ""  # a group is named once
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [" | ".join([*(cell.ljust(w) for cell, w in zip(row[:2], widths, strict=False)),
-                         *(cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True))]) for row in rows]
+    lines = [
+        " | ".join(
+            [
+                *(cell.ljust(w) for cell, w in zip(row[:2], widths, strict=False)),
+                *(cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
     rule = "|".join(["-" * (w + 2) if i < 2 else "-" * (w + 1) + ":" for i, w in enumerate(widths)])
     return [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
 
@@ -151,14 +168,19 @@ def _cells(result):
     rate, ratio, peak = result.images_per_second, result.ratio, result.peak_bytes
     goal = f"{result.goal:g}x" if result.goal is not None else f"{result.limit:g} s" if result.limit is not None else ""
     return [
-        result.group, result.name, _duration(result.median) + (f"/{result.unit}" if result.unit != "start" else ""),
-        "" if rate is None else f"{rate:,.0f}", "" if ratio is None else f"{ratio:.2f}x",
+        result.group,
+        result.name,
+        _duration(result.median) + (f"/{result.unit}" if result.unit != "start" else ""),
+        "" if rate is None else f"{rate:,.0f}",
+        "" if ratio is None else f"{ratio:.2f}x",
         goal and f"{goal}, {'met' if result.met else 'missed'}",
-        f"{result.spread:.1%}", "" if peak is None else f"{peak / 2**20:,.0f} MiB",
-    ]  # fmt: skip
+        f"{result.spread:.1%}",
+        "" if peak is None else f"{peak / 2**20:,.0f} MiB",
+    ]
 
 
 def _duration(seconds):
-    value, unit = next(((seconds / size, unit) for unit, size in (("s", 1), ("ms", 1e-3)) if seconds >= size),
-                       (seconds / 1e-6, "us"))  # fmt: skip
+    value, unit = next(
+        ((seconds / size, unit) for unit, size in (("s", 1), ("ms", 1e-3)) if seconds >= size), (seconds / 1e-6, "us")
+    )
     return f"{value:,.{max(0, 2 - int(math.log10(max(value, 1))))}f} {unit}"

@@ -95,18 +95,66 @@ def parameters(
 
 
 BASE = dict(
-    data="auto", preset=None, model="resnet18", epochs=20, bs=128, lr=0.1, lr_suggest="valley",
-    opt="sgd", momentum=0.9, mom_min=None, nesterov="yes", wd=5e-4, wd_bn_bias="no",
-    sched="one-cycle", pct_start=0.25, peak_epoch=None, div=25.0, div_final=1e5, anneal="cos",
-    step_size=6, gamma=0.1, plateau_patience=2,
-    valid_pct=None, split_seed=42, subset=None, no_test=False, save_best=False, patience=None,
-    label_smoothing=0.0, l1=None, clip=None, clip_value=None, mixup=None, cutmix=None, ema=None,
-    padding=4, pad_mode="zeros", cutout=16, n_holes=1, max_holes=None, cutout_p=1.0,
-    flip=None, flip_by="chance", vflip=0.0, rotate=0.0,
-    n_images=10, n_cols=5, cam_layer=None, cam_target="predicted", cam_method="GradCAM", cam_alpha=0.5,
-    seed=42, device="auto", precision="auto", compile="auto",
-    out=None, tensorboard=False, resume=None, debug=False,
-)  # fmt: skip
+    data="auto",
+    preset=None,
+    model="resnet18",
+    epochs=20,
+    bs=128,
+    lr=0.1,
+    lr_suggest="valley",
+    opt="sgd",
+    momentum=0.9,
+    mom_min=None,
+    nesterov="yes",
+    wd=5e-4,
+    wd_bn_bias="no",
+    sched="one-cycle",
+    pct_start=0.25,
+    peak_epoch=None,
+    div=25.0,
+    div_final=1e5,
+    anneal="cos",
+    step_size=6,
+    gamma=0.1,
+    plateau_patience=2,
+    valid_pct=None,
+    split_seed=42,
+    subset=None,
+    no_test=False,
+    save_best=False,
+    patience=None,
+    label_smoothing=0.0,
+    l1=None,
+    clip=None,
+    clip_value=None,
+    mixup=None,
+    cutmix=None,
+    ema=None,
+    padding=4,
+    pad_mode="zeros",
+    cutout=16,
+    n_holes=1,
+    max_holes=None,
+    cutout_p=1.0,
+    flip=None,
+    flip_by="chance",
+    vflip=0.0,
+    rotate=0.0,
+    n_images=10,
+    n_cols=5,
+    cam_layer=None,
+    cam_target="predicted",
+    cam_method="GradCAM",
+    cam_alpha=0.5,
+    seed=42,
+    device="auto",
+    precision="auto",
+    compile="auto",
+    out=None,
+    tensorboard=False,
+    resume=None,
+    debug=False,
+)
 
 
 @dataclass(frozen=True)
@@ -142,8 +190,13 @@ def resolve(recipe, given):
 
 def _give_way(settings, given):
     """Drop what a preset or recipe set and an explicit flag contradicts."""
-    for explicit, other in (("pct_start", "peak_epoch"), ("clip", "clip_value"), ("clip_value", "clip"),
-                            ("mixup", "cutmix"), ("cutmix", "mixup")):  # fmt: skip
+    for explicit, other in (
+        ("pct_start", "peak_epoch"),
+        ("clip", "clip_value"),
+        ("clip_value", "clip"),
+        ("mixup", "cutmix"),
+        ("cutmix", "mixup"),
+    ):
         if explicit in given and other not in given:
             settings[other] = None
     if "flip" in given and "flip_by" not in given:
@@ -181,21 +234,60 @@ _SHARE, _BELOW_ONE, _INSIDE = Range(0, 1), Range(0, 1, below=True), Range(0, 1, 
 _SEED = Range(0, 2**32 - 1)  # as numpy takes them
 
 RANGES = dict(
-    epochs=Range(1, 10_000), bs=Range(1, 65_536), lr=Range(0, 100, above=True), momentum=_BELOW_ONE,
-    mom_min=_BELOW_ONE, wd=Range(0, 1), pct_start=_INSIDE, peak_epoch=_POSITIVE, div=Range(1), div_final=Range(1),
-    step_size=_COUNT, gamma=_INSIDE, plateau_patience=Range(0, 10_000), valid_pct=_INSIDE, split_seed=_SEED,
-    subset=_COUNT, patience=_COUNT, label_smoothing=_BELOW_ONE, l1=_NOT_NEGATIVE, clip=_POSITIVE,
-    clip_value=_POSITIVE, mixup=_POSITIVE, cutmix=_POSITIVE, ema=_INSIDE, padding=Range(0, 31), cutout=Range(0, 32),
-    n_holes=Range(1, 64), max_holes=Range(1, 64), cutout_p=_SHARE, flip=_SHARE, vflip=_SHARE, rotate=Range(0, 180),
-    n_images=Range(1, 100), n_cols=Range(1, 20), cam_alpha=_SHARE, seed=_SEED,
-)  # fmt: skip
+    epochs=Range(1, 10_000),
+    bs=Range(1, 65_536),
+    lr=Range(0, 100, above=True),
+    momentum=_BELOW_ONE,
+    mom_min=_BELOW_ONE,
+    wd=Range(0, 1),
+    pct_start=_INSIDE,
+    peak_epoch=_POSITIVE,
+    div=Range(1),
+    div_final=Range(1),
+    step_size=_COUNT,
+    gamma=_INSIDE,
+    plateau_patience=Range(0, 10_000),
+    valid_pct=_INSIDE,
+    split_seed=_SEED,
+    subset=_COUNT,
+    patience=_COUNT,
+    label_smoothing=_BELOW_ONE,
+    l1=_NOT_NEGATIVE,
+    clip=_POSITIVE,
+    clip_value=_POSITIVE,
+    mixup=_POSITIVE,
+    cutmix=_POSITIVE,
+    ema=_INSIDE,
+    padding=Range(0, 31),
+    cutout=Range(0, 32),
+    n_holes=Range(1, 64),
+    max_holes=Range(1, 64),
+    cutout_p=_SHARE,
+    flip=_SHARE,
+    vflip=_SHARE,
+    rotate=Range(0, 180),
+    n_images=Range(1, 100),
+    n_cols=Range(1, 20),
+    cam_alpha=_SHARE,
+    seed=_SEED,
+)
 
 _YES_NO = ("yes", "no")
 CHOICES = dict(
-    model=MODEL_NAMES, lr_suggest=SUGGESTIONS, opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS, nesterov=_YES_NO,
-    wd_bn_bias=_YES_NO, sched=SCHEDULES, anneal=ANNEALS, pad_mode=PAD_MODES, flip_by=FLIP_BY, precision=PRECISIONS,
-    compile=("auto", *_YES_NO), cam_target=("predicted", "true"), cam_method=tuple(CAM_METHODS),
-)  # fmt: skip
+    model=MODEL_NAMES,
+    lr_suggest=SUGGESTIONS,
+    opt=TORCH_OPTIMIZERS + FASTAI_OPTIMIZERS,
+    nesterov=_YES_NO,
+    wd_bn_bias=_YES_NO,
+    sched=SCHEDULES,
+    anneal=ANNEALS,
+    pad_mode=PAD_MODES,
+    flip_by=FLIP_BY,
+    precision=PRECISIONS,
+    compile=("auto", *_YES_NO),
+    cam_target=("predicted", "true"),
+    cam_method=tuple(CAM_METHODS),
+)
 
 
 def _check_types(settings, given):
@@ -261,12 +353,17 @@ def _check_ranges(settings, given):
 
 
 _BELONGS = (  # what has a meaning beside one value of another parameter alone
-    ("peak_epoch", "sched", ("one-cycle",)), ("div", "sched", ("one-cycle",)), ("anneal", "sched", ("one-cycle",)),
-    ("mom_min", "sched", ("one-cycle",)), ("pct_start", "sched", ("one-cycle", "flat-cos")),
-    ("div_final", "sched", ("one-cycle", "flat-cos")), ("step_size", "sched", ("step",)),
-    ("gamma", "sched", ("step", "plateau")), ("plateau_patience", "sched", ("plateau",)),
+    ("peak_epoch", "sched", ("one-cycle",)),
+    ("div", "sched", ("one-cycle",)),
+    ("anneal", "sched", ("one-cycle",)),
+    ("mom_min", "sched", ("one-cycle",)),
+    ("pct_start", "sched", ("one-cycle", "flat-cos")),
+    ("div_final", "sched", ("one-cycle", "flat-cos")),
+    ("step_size", "sched", ("step",)),
+    ("gamma", "sched", ("step", "plateau")),
+    ("plateau_patience", "sched", ("plateau",)),
     ("lr_suggest", "lr", ("find",)),
-)  # fmt: skip
+)
 
 
 def _check_together(settings, given):
@@ -277,36 +374,58 @@ def _check_together(settings, given):
             raise InputError(message)
 
     for flag, other, values in _BELONGS:
-        refuse(flag in given and settings[other] not in values,
-               f"{_flag(flag)}: goes with {_flag(other)} {' or '.join(values)}, not {settings[other]}")  # fmt: skip
+        refuse(
+            flag in given and settings[other] not in values,
+            f"{_flag(flag)}: goes with {_flag(other)} {' or '.join(values)}, not {settings[other]}",
+        )
     for flag in ("n_holes", "max_holes", "cutout_p", "pad_mode"):
         needed = "padding" if flag == "pad_mode" else "cutout"
         refuse(flag in given and settings[needed] == 0, f"{_flag(flag)}: needs {_flag(needed)} above 0")
-    refuse(s.sched == "plateau" and s.valid_pct is None,
-           "--sched plateau: needs --valid-pct, as the test split may not steer a run")
-    refuse(s.sched == "plateau" and s.opt in FASTAI_OPTIMIZERS,
-           f"--sched plateau: works with torch's optimizers ({', '.join(TORCH_OPTIMIZERS)}), not with --opt {s.opt}")
+    refuse(
+        s.sched == "plateau" and s.valid_pct is None,
+        "--sched plateau: needs --valid-pct, as the test split may not steer a run",
+    )
+    refuse(
+        s.sched == "plateau" and s.opt in FASTAI_OPTIMIZERS,
+        f"--sched plateau: works with torch's optimizers ({', '.join(TORCH_OPTIMIZERS)}), not with --opt {s.opt}",
+    )
     for flag in ("no_test", "save_best", "patience"):
-        refuse(settings[flag] and s.valid_pct is None,
-               f"{_flag(flag)}: needs --valid-pct, as nothing may be chosen on the test split")  # fmt: skip
-    refuse("peak_epoch" in given and "pct_start" in given,
-           "--peak-epoch and --pct-start: both say where the peak is, take one of them")
+        refuse(
+            settings[flag] and s.valid_pct is None,
+            f"{_flag(flag)}: needs --valid-pct, as nothing may be chosen on the test split",
+        )
+    refuse(
+        "peak_epoch" in given and "pct_start" in given,
+        "--peak-epoch and --pct-start: both say where the peak is, take one of them",
+    )
     if s.peak_epoch is not None:
         refuse(s.peak_epoch >= s.epochs, f"--peak-epoch {s.peak_epoch:g}: must lie before --epochs ({s.epochs})")
-    refuse(given.get("flip_by") == "epoch" and s.flip not in (None, 0.5),
-           f"--flip-by epoch: mirrors each image half of the time, not --flip {s.flip}")
+    refuse(
+        given.get("flip_by") == "epoch" and s.flip not in (None, 0.5),
+        f"--flip-by epoch: mirrors each image half of the time, not --flip {s.flip}",
+    )
     refuse(s.mixup and s.cutmix, "--mixup and --cutmix: take one of them, together they do not work")
     refuse(s.clip and s.clip_value, "--clip and --clip-value: take one of them")
-    refuse(s.max_holes is not None and s.max_holes < s.n_holes,
-           f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})")
-    refuse("nesterov" in given and s.nesterov == "yes" and s.opt not in NESTEROV_OPTIMIZERS,
-           f"--nesterov yes: only --opt {' and '.join(NESTEROV_OPTIMIZERS)} have it, not {s.opt}")
-    refuse(s.nesterov == "yes" and s.opt in NESTEROV_OPTIMIZERS and s.momentum == 0,
-           "--momentum 0: Nesterov's needs one above 0, or give --nesterov no")
-    refuse(s.mom_min is not None and s.mom_min > s.momentum,
-           f"--mom-min {s.mom_min}: must not be above --momentum ({s.momentum})")
-    refuse(s.tensorboard and find_spec("tensorboard") is None,
-           "--tensorboard: the package is not installed; pip install tensorboard")
+    refuse(
+        s.max_holes is not None and s.max_holes < s.n_holes,
+        f"--max-holes {s.max_holes}: must be at least --n-holes ({s.n_holes})",
+    )
+    refuse(
+        "nesterov" in given and s.nesterov == "yes" and s.opt not in NESTEROV_OPTIMIZERS,
+        f"--nesterov yes: only --opt {' and '.join(NESTEROV_OPTIMIZERS)} have it, not {s.opt}",
+    )
+    refuse(
+        s.nesterov == "yes" and s.opt in NESTEROV_OPTIMIZERS and s.momentum == 0,
+        "--momentum 0: Nesterov's needs one above 0, or give --nesterov no",
+    )
+    refuse(
+        s.mom_min is not None and s.mom_min > s.momentum,
+        f"--mom-min {s.mom_min}: must not be above --momentum ({s.momentum})",
+    )
+    refuse(
+        s.tensorboard and find_spec("tensorboard") is None,
+        "--tensorboard: the package is not installed; pip install tensorboard",
+    )
 
 
 def _check_device(settings, given):

@@ -4,9 +4,22 @@ from difflib import get_close_matches
 
 from cifar_fastai.errors import InputError
 
-__all__ = ["ANNEALS", "CAM_METHODS", "CLASSLESS", "FASTAI_OPTIMIZERS", "FLIP_BY", "MODEL_NAMES", "NESTEROV_OPTIMIZERS",
-           "PAD_MODES", "PER_CHANNEL", "PRECISIONS", "SCHEDULES", "SUGGESTIONS", "TORCH_OPTIMIZERS",
-           "check_name"]  # fmt: skip
+__all__ = [
+    "ANNEALS",
+    "CAM_METHODS",
+    "CLASSLESS",
+    "FASTAI_OPTIMIZERS",
+    "FLIP_BY",
+    "MODEL_NAMES",
+    "NESTEROV_OPTIMIZERS",
+    "PAD_MODES",
+    "PER_CHANNEL",
+    "PRECISIONS",
+    "SCHEDULES",
+    "SUGGESTIONS",
+    "TORCH_OPTIMIZERS",
+    "check_name",
+]
 
 MODEL_NAMES = ("resnet18", "resnet34", "custom_resnet")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -20,10 +33,18 @@ NESTEROV_OPTIMIZERS = ("sgd", "muon")
 FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equal, fastai's
 
 CAM_METHODS = {  # pytorch-grad-cam's, and the names of its classes
-    "GradCAM": "GradCAM", "GradCAM++": "GradCAMPlusPlus", "HiResCAM": "HiResCAM", "XGradCAM": "XGradCAM",
-    "LayerCAM": "LayerCAM", "GradCAMElementWise": "GradCAMElementWise", "EigenGradCAM": "EigenGradCAM",
-    "EigenCAM": "EigenCAM", "FEM": "FEM", "ScoreCAM": "ScoreCAM", "AblationCAM": "AblationCAM",
-}  # fmt: skip
+    "GradCAM": "GradCAM",
+    "GradCAM++": "GradCAMPlusPlus",
+    "HiResCAM": "HiResCAM",
+    "XGradCAM": "XGradCAM",
+    "LayerCAM": "LayerCAM",
+    "GradCAMElementWise": "GradCAMElementWise",
+    "EigenGradCAM": "EigenGradCAM",
+    "EigenCAM": "EigenCAM",
+    "FEM": "FEM",
+    "ScoreCAM": "ScoreCAM",
+    "AblationCAM": "AblationCAM",
+}
 CLASSLESS = ("EigenCAM", "FEM")  # they explain the activations, no class
 PER_CHANNEL = ("ScoreCAM", "AblationCAM")  # a forward pass for every channel of the layer, hundreds for an image
 

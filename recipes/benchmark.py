@@ -54,8 +54,15 @@ def main(
     print("", *markdown_table(results), "", *(f"- {note}" for note in notes), sep="\n")
     print(f"- measured in {(time.perf_counter() - began) / 60:.1f} minutes")
     if json:
-        write_json(json, {"machine": machine(settings), "settings": chosen(settings, quick), "notes": notes,
-                          "rows": [result.as_dict() for result in results]})  # fmt: skip
+        write_json(
+            json,
+            {
+                "machine": machine(settings),
+                "settings": chosen(settings, quick),
+                "notes": notes,
+                "rows": [result.as_dict() for result in results],
+            },
+        )
     return results
 
 
@@ -98,17 +105,26 @@ def prepare(data, device, precision, compile, bs, minutes, steps, repeats, quick
     if images.n_train // bs < 3:
         raise InputError(f"--bs {bs}: {images.n_train} train images give fewer than 3 such batches; try a smaller one")
     settings = Settings(
-        images, Path(folder), device, precision, compiled, bs, repeats=repeats or (2 if quick else 5),
-        steps=steps or (2 if quick else None), seconds=60 * minutes, pipeline_seconds=0.2 if quick else 3.0,
-        cost_steps=5 if quick else 400, start_repeats=1 if quick else 3,
-    )  # fmt: skip
+        images,
+        Path(folder),
+        device,
+        precision,
+        compiled,
+        bs,
+        repeats=repeats or (2 if quick else 5),
+        steps=steps or (2 if quick else None),
+        seconds=60 * minutes,
+        pipeline_seconds=0.2 if quick else 3.0,
+        cost_steps=5 if quick else 400,
+        start_repeats=1 if quick else 3,
+    )
     found = machine(settings)
     header = [
         found["hardware"] + "; " + ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value),
         f"{images.name} ({images.n_train:,} train images), batches of {bs}, {settings.repeats} rounds",
         f"{precision} ({why_precision}), {'ours and the limit compiled' if compiled else 'not compiled'} "
         f"({why_compiled})",
-    ]  # fmt: skip
+    ]
     return settings, header + ([f"*** {images.note} ***"] if images.note else [])
 
 
@@ -121,14 +137,26 @@ def machine(settings):
     hardware = describe_machine(torch.device("cpu"))
     if settings.device.type != "cpu":
         hardware = f"{describe_machine(settings.device)}; {hardware}"
-    return {"hardware": f"{hardware}, {os.cpu_count()} cores", "device": str(settings.device),
-            "threads": torch.get_num_threads(), "cores": os.cpu_count(), "versions": versions()}  # fmt: skip
+    return {
+        "hardware": f"{hardware}, {os.cpu_count()} cores",
+        "device": str(settings.device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
 
 
 def chosen(settings, quick):
     """The settings as JSON."""
-    return {"data": settings.images.name, "train_images": settings.images.n_train, "precision": settings.precision,
-            "compiled": settings.compiled, "bs": settings.bs, "repeats": settings.repeats, "quick": quick}  # fmt: skip
+    return {
+        "data": settings.images.name,
+        "train_images": settings.images.n_train,
+        "precision": settings.precision,
+        "compiled": settings.compiled,
+        "bs": settings.bs,
+        "repeats": settings.repeats,
+        "quick": quick,
+    }
 
 
 if __name__ == "__main__":

@@ -11,10 +11,25 @@ from fastcore.meta import delegates
 from cifar_fastai.cli import command
 from cifar_fastai.config import Recipe, parameters
 
-RECIPE = Recipe("custom_resnet", dict(
-    model="custom_resnet", epochs=24, bs=512, lr="find", lr_suggest="valley", opt="adam", wd=1e-4, wd_bn_bias="yes",
-    pct_start=5 / 24, anneal="linear", div=10.0, div_final=10.0, padding=4, cutout=8,
-))  # fmt: skip
+RECIPE = Recipe(
+    "custom_resnet",
+    dict(
+        model="custom_resnet",
+        epochs=24,
+        bs=512,
+        lr="find",
+        lr_suggest="valley",
+        opt="adam",
+        wd=1e-4,
+        wd_bn_bias="yes",
+        pct_start=5 / 24,
+        anneal="linear",
+        div=10.0,
+        div_final=10.0,
+        padding=4,
+        cutout=8,
+    ),
+)
 
 
 @command(RECIPE.settings)

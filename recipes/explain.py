@@ -1,6 +1,6 @@
 """Why a run decides as it does: Grad-CAM for its worst errors, or for any image files.
 
-    python recipes/explain.py runs/resnet18-20260101-120000 --images holiday.jpg cat.png
+python recipes/explain.py runs/resnet18-20260101-120000 --images holiday.jpg cat.png
 """
 
 from typing import Annotated

@@ -1,6 +1,6 @@
 """The learning-rate range test alone, of resnet18.py: the curve with its suggestions marked, and the numbers.
 
-    python recipes/find_lr.py --out lr_find.png
+python recipes/find_lr.py --out lr_find.png
 """
 
 from fastcore.meta import delegates

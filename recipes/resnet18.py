@@ -14,10 +14,24 @@ from fastcore.meta import delegates
 from cifar_fastai.cli import command
 from cifar_fastai.config import Recipe, parameters
 
-RECIPE = Recipe("resnet18", dict(
-    model="resnet18", epochs=20, bs=256, opt="muon", lr=0.04, pct_start=0.25, div=10.0, wd=5e-4, label_smoothing=0.1,
-    padding=4, pad_mode="reflect", flip_by="epoch", cutout=8,
-))  # fmt: skip
+RECIPE = Recipe(
+    "resnet18",
+    dict(
+        model="resnet18",
+        epochs=20,
+        bs=256,
+        opt="muon",
+        lr=0.04,
+        pct_start=0.25,
+        div=10.0,
+        wd=5e-4,
+        label_smoothing=0.1,
+        padding=4,
+        pad_mode="reflect",
+        flip_by="epoch",
+        cutout=8,
+    ),
+)
 
 
 @command(RECIPE.settings)

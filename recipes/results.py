@@ -1,6 +1,6 @@
 """Keep finished runs as results, and make README's table from them.
 
-    python recipes/results.py runs/resnet18-20260101-120000
+python recipes/results.py runs/resnet18-20260101-120000
 """
 
 from pathlib import Path

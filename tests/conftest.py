@@ -28,10 +28,17 @@ def tiny_images():
     images[np.arange(66), labels] += 90
     pixels = images[:48] / 255
     return ImageSet(
-        name="tiny", classes=("red", "green", "blue"), images=images, labels=labels, n_train=48,
-        mean=tuple(pixels.mean((0, 2, 3))), std=tuple(pixels.std((0, 2, 3))), fingerprint="f00d", source="made up",
+        name="tiny",
+        classes=("red", "green", "blue"),
+        images=images,
+        labels=labels,
+        n_train=48,
+        mean=tuple(pixels.mean((0, 2, 3))),
+        std=tuple(pixels.std((0, 2, 3))),
+        fingerprint="f00d",
+        source="made up",
         note=None,
-    )  # fmt: skip
+    )
 
 
 class TinyNet(nn.Module):

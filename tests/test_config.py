@@ -202,15 +202,21 @@ def test_bad_values_are_refused_before_anything_is_read_or_written(command, monk
 @pytest.mark.parametrize("recipe", ["resnet34", "custom_resnet", "find_lr"])
 def test_every_recipe_refuses(command, recipe):
     status, out, err, files = command(["--epochs", "0", "--lr", "-1"], recipe)
-    assert (status, out, files) == (2, "", []) and err == (
-        "error: --epochs 0: must be at least 1 and at most 10000\n")  # fmt: skip
+    assert (status, out, files) == (2, "", []) and err == ("error: --epochs 0: must be at least 1 and at most 10000\n")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("--start-lr 0", "--start-lr 0"), ("--start-lr 1 --end-lr 0.1", "--start-lr 1, --end-lr 0.1"),
-    ("--end-lr inf", "--end-lr inf"), ("--end-lr nan", "--end-lr nan"), ("--num-it 0", "--num-it 0"),
-    ("--num-it many", "argument --num-it: invalid int value"), ("--out a/b.png", "--out a/b.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--start-lr 0", "--start-lr 0"),
+        ("--start-lr 1 --end-lr 0.1", "--start-lr 1, --end-lr 0.1"),
+        ("--end-lr inf", "--end-lr inf"),
+        ("--end-lr nan", "--end-lr nan"),
+        ("--num-it 0", "--num-it 0"),
+        ("--num-it many", "argument --num-it: invalid int value"),
+        ("--out a/b.png", "--out a/b.png"),
+    ],
+)
 def test_find_lr_refuses_its_own(command, arguments, message):
     status, out, err, files = command(arguments.split(), "find_lr")
     assert message in err and (status, out, files) == (2, "", [])
@@ -232,16 +238,19 @@ def pictures(tmp_path):
     return str(tmp_path / "pictures")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("--bs 13", "--bs 13: there are 12 images to train on"),
-    ("--bs 10 --valid-pct 0.25", "--bs 10: there are 9 images to train on"),
-    ("--bs 5 --subset 4", "--bs 5: there are 4 images to train on"),
-    ("--subset 13", "--subset 13: there are 12 images to train on"),
-    ("--subset 1", "--subset 1: give at least one image for each of 2 classes"),
-    ("--subset 10 --valid-pct 0.25", "--subset 10: there are 9 images to train on"),
-    ("--valid-pct 0.01", "--valid-pct 0.01: cuts 0 of 12 train images"),
-    ("--valid-pct 0.99", "--valid-pct 0.99: cuts 12 of 12 train images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--bs 13", "--bs 13: there are 12 images to train on"),
+        ("--bs 10 --valid-pct 0.25", "--bs 10: there are 9 images to train on"),
+        ("--bs 5 --subset 4", "--bs 5: there are 4 images to train on"),
+        ("--subset 13", "--subset 13: there are 12 images to train on"),
+        ("--subset 1", "--subset 1: give at least one image for each of 2 classes"),
+        ("--subset 10 --valid-pct 0.25", "--subset 10: there are 9 images to train on"),
+        ("--valid-pct 0.01", "--valid-pct 0.01: cuts 0 of 12 train images"),
+        ("--valid-pct 0.99", "--valid-pct 0.99: cuts 12 of 12 train images"),
+    ],
+)
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(command, pictures, arguments, message):
     status, out, err, files = command(["--data", pictures, *arguments.split()])
     assert message in err and err.count("\n") == 1
@@ -277,7 +286,9 @@ BOUNDARIES = [case.strip() for case in GOOD.replace("\n", "|").split("|") if cas
 def test_values_at_the_bounds_are_taken(monkeypatch, arguments):
     given = {}
     flags = arguments.replace(", ", ",").split()
-    monkeypatch.setattr("cifar_fastai.runs.train.train", lambda recipe, kwargs: given.update(recipe=recipe, kwargs=kwargs))
+    monkeypatch.setattr(
+        "cifar_fastai.runs.train.train", lambda recipe, kwargs: given.update(recipe=recipe, kwargs=kwargs)
+    )
     monkeypatch.setattr(sys, "argv", ["resnet18.py", *flags])
     with pytest.raises(SystemExit) as stop:
         RECIPES["resnet18"]["main"]()
@@ -339,14 +350,22 @@ def test_a_missing_package_is_named_before_the_run(monkeypatch):
         resolve(Recipe("test"), dict(tensorboard=True))
 
 
-@pytest.mark.parametrize("given, message", [
-    (dict(epoch=3), "parameter epoch: no such name; did you mean epochs"),
-    (dict(epochs="3"), "--epochs '3': must be a whole number"), (dict(epochs=3.0), "--epochs 3.0: must be a whole"),
-    (dict(epochs=True), "--epochs True: must be a whole number"), (dict(wd="high"), "--wd 'high': must be a number"),
-    (dict(lr=[0.1]), r"--lr \[0.1\]: neither a number nor"), (dict(no_test="yes"), "--no-test 'yes': must be True or"),
-    (dict(data=3), "--data 3: must be text"), (dict(model=b"resnet18"), "--model b'resnet18': must be text"),
-    (dict(out="a\nb"), r"--out 'a\\nb': must be printable"), (dict(sched=True), "--sched yes: no such name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(epoch=3), "parameter epoch: no such name; did you mean epochs"),
+        (dict(epochs="3"), "--epochs '3': must be a whole number"),
+        (dict(epochs=3.0), "--epochs 3.0: must be a whole"),
+        (dict(epochs=True), "--epochs True: must be a whole number"),
+        (dict(wd="high"), "--wd 'high': must be a number"),
+        (dict(lr=[0.1]), r"--lr \[0.1\]: neither a number nor"),
+        (dict(no_test="yes"), "--no-test 'yes': must be True or"),
+        (dict(data=3), "--data 3: must be text"),
+        (dict(model=b"resnet18"), "--model b'resnet18': must be text"),
+        (dict(out="a\nb"), r"--out 'a\\nb': must be printable"),
+        (dict(sched=True), "--sched yes: no such name"),
+    ],
+)
 def test_calls_from_a_notebook_are_checked_too(given, message):
     with pytest.raises(InputError, match=message) as caught:
         resolve(Recipe("test"), given)

@@ -25,16 +25,23 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 # what a test makes small: each text must stand in the notebook's code, once
 DIGITS = {'DATA = "auto"': 'DATA = "digits"'}
 SMALL = {
-    "resnet18": DIGITS | {
-        "SUBSET = None": "SUBSET = 80", "BS = 256": "BS = 8", "EPOCHS = 20": "EPOCHS = 1",
-        "valley, slide))": "valley, slide), num_it=40)", "LR = 0.04": "LR = 0.02",
+    "resnet18": DIGITS
+    | {
+        "SUBSET = None": "SUBSET = 80",
+        "BS = 256": "BS = 8",
+        "EPOCHS = 20": "EPOCHS = 1",
+        "valley, slide))": "valley, slide), num_it=40)",
+        "LR = 0.04": "LR = 0.02",
     },
-    "custom_resnet": DIGITS | {
-        "SUBSET = None": "SUBSET = 80", "BS = 512": "BS = 8", "EPOCHS = 24": "EPOCHS = 1",
+    "custom_resnet": DIGITS
+    | {
+        "SUBSET = None": "SUBSET = 80",
+        "BS = 512": "BS = 8",
+        "EPOCHS = 24": "EPOCHS = 1",
         "range_test(learn)": "range_test(learn, num_it=40)",
     },
     "explain": DIGITS | {"EPOCHS = 3": "EPOCHS = 1"},
-}  # fmt: skip
+}
 
 
 def code(notebook):

@@ -15,15 +15,42 @@ from cifar_fastai.recipe_pages import recipe_page
 
 ROOT = Path(__file__).parent.parent
 FILES = {
-    "config.json", "history.csv", "metrics.json", "predictions.csv", "model.pth", "learner.pkl", "summary.txt",
-    "curves.png", "schedule.png", "augmentations.png", "class_accuracy.png", "confusion_matrix.png", "top_losses.png",
-    "misclassified.png", "gradcam.png", "report.html",
-}  # fmt: skip
+    "config.json",
+    "history.csv",
+    "metrics.json",
+    "predictions.csv",
+    "model.pth",
+    "learner.pkl",
+    "summary.txt",
+    "curves.png",
+    "schedule.png",
+    "augmentations.png",
+    "class_accuracy.png",
+    "confusion_matrix.png",
+    "top_losses.png",
+    "misclassified.png",
+    "gradcam.png",
+    "report.html",
+}
 METRICS = {
-    "dataset", "model", "parameters", "epochs", "seed", "device", "precision", "eval_split", "train_accuracy",
-    "valid_accuracy", "valid_loss", "test_accuracy", "tta_accuracy", "tta_shift_accuracy", "class_accuracy",
-    "images_per_second", "seconds",
-}  # fmt: skip
+    "dataset",
+    "model",
+    "parameters",
+    "epochs",
+    "seed",
+    "device",
+    "precision",
+    "eval_split",
+    "train_accuracy",
+    "valid_accuracy",
+    "valid_loss",
+    "test_accuracy",
+    "tta_accuracy",
+    "tta_shift_accuracy",
+    "class_accuracy",
+    "images_per_second",
+    "seconds",
+}
 SHORT = dict(data="digits", epochs=1, subset=40, bs=20, device="cpu")
 
 PREDICT = """
@@ -111,8 +138,11 @@ def test_its_page_opens_in_a_browser(finished, tmp_path):
 
 
 def test_help_answers_at_once_and_shows_the_recipes_own_defaults():
-    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "recipes/custom_resnet.py"), "--help"],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "recipes/custom_resnet.py"), "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "(default: 24)" in done.stdout and "(default: find)" in done.stdout
     assert "torch" not in done.stderr.replace("fasttransform", ""), "--help imports torch, which takes seconds"
 
@@ -140,8 +170,20 @@ def test_every_preset_runs(preset, tmp_path):
 
 @pytest.mark.slow
 def test_a_found_learning_rate_and_a_validation_split(tmp_path):
-    given = dict(SHORT, subset=60, bs=4, lr="find", valid_pct=0.1, no_test=True, save_best=True, patience=3, ema=0.9,
-                 mixup=0.2, tensorboard=True, out=str(tmp_path / "run"))  # fmt: skip
+    given = dict(
+        SHORT,
+        subset=60,
+        bs=4,
+        lr="find",
+        valid_pct=0.1,
+        no_test=True,
+        save_best=True,
+        patience=3,
+        ema=0.9,
+        mixup=0.2,
+        tensorboard=True,
+        out=str(tmp_path / "run"),
+    )
     recipe_page("custom_resnet")["main"](**given)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert FILES | {"lr_find.png", "best.pth", "tensorboard"} == names

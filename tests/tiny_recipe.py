@@ -162,12 +162,17 @@ def _wait():
 
 
 ACTIONS = {
-    "KILL": _signals("KILL"), "INT": _signals("INT"), "TERM": _signals("TERM"), "TWICE": _signals("INT", "INT"),
-    "FILL": _fill, "OOM": _out_of_memory, "WAIT": _wait,
+    "KILL": _signals("KILL"),
+    "INT": _signals("INT"),
+    "TERM": _signals("TERM"),
+    "TWICE": _signals("INT", "INT"),
+    "FILL": _fill,
+    "OOM": _out_of_memory,
+    "WAIT": _wait,
     "VANISH": lambda: shutil.rmtree(os.environ["TINY_DISK"]),
     "UNCACHE": lambda: shutil.rmtree(os.environ["CIFAR_FASTAI_CACHE"]),
     "READONLY": lambda: os.system(f"mount -o remount,ro {os.environ['TINY_DISK']}"),
-}  # fmt: skip
+}
 
 
 def _keep(path):

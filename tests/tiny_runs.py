@@ -66,9 +66,13 @@ class Recipes:
         self.folder, self.n = folder, 0
         env = os.environ | {"OMP_NUM_THREADS": "1", "CIFAR_FASTAI_CACHE": str(folder / "cache"), "MPLBACKEND": "agg"}
         self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(SCRIPT), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=env, text=True, cwd=SCRIPT.parent.parent,
-        )  # fmt: skip
+            [sys.executable, "-W", "ignore", str(SCRIPT), "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            text=True,
+            cwd=SCRIPT.parent.parent,
+        )
         assert self.server.stdout.readline() == "ready\n"
 
     def ask(self, **request):

@@ -73,9 +73,17 @@ def store(folder, key, decoded, **about):
         new.mkdir()
         np.save(new / "images.npy", decoded.images)
         np.save(new / "labels.npy", decoded.labels)
-        about |= dict(key=key, n=len(decoded.images), n_train=decoded.n_train, classes=decoded.classes,
-                      has_jpeg=decoded.has_jpeg, folder=decoded.folder, mean=decoded.mean, std=decoded.std,
-                      fingerprint=decoded.fingerprint)
+        about |= dict(
+            key=key,
+            n=len(decoded.images),
+            n_train=decoded.n_train,
+            classes=decoded.classes,
+            has_jpeg=decoded.has_jpeg,
+            folder=decoded.folder,
+            mean=decoded.mean,
+            std=decoded.std,
+            fingerprint=decoded.fingerprint,
+        )
         text = json.dumps(about, sort_keys=True)
         (new / "about.json").write_text(json.dumps({"about": text, "sha256": _sha256(text)}), encoding="utf-8")
         home = _home(folder, key)

@@ -141,8 +141,9 @@ def _classes_found(source):
         elif len(inside) == 1 and entry.is_dir:
             classes.setdefault(inside[0], [])
         elif is_image or len(inside) == 2:
-            raise InputError(f"{source.where(entry)}: images belong in {split}/<class>/, neither above nor deeper; "
-                             "move or remove it")
+            raise InputError(
+                f"{source.where(entry)}: images belong in {split}/<class>/, neither above nor deeper; move or remove it"
+            )
     return found
 
 

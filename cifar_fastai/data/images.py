@@ -45,8 +45,10 @@ class ImageSet:
 
     def __repr__(self):
         """One line, and the note where there is one: what a notebook shows."""
-        about = (f"{self.name}: {self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes, "
-                 f"from {Path(self.source).name}")  # fmt: skip
+        about = (
+            f"{self.name}: {self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes, "
+            f"from {Path(self.source).name}"
+        )
         return f"{about}\n{self.note}" if self.note else about
 
     @property
@@ -121,8 +123,10 @@ def _load_path(path, cache_dir, progress, source):
         try:
             cache.store(cache_dir, key, decoded, name=_name(decoded, found.stem), source=shown(source))
         except OSError as error:
-            note = (f"{shown(cache_dir)}: decoded images cannot be kept there ({cause(error)}), so each start decodes "
-                    "them again; CIFAR_FASTAI_CACHE names another folder")
+            note = (
+                f"{shown(cache_dir)}: decoded images cannot be kept there ({cause(error)}), so each start decodes "
+                "them again; CIFAR_FASTAI_CACHE names another folder"
+            )
     return _image_set(decoded, _name(decoded, found.stem), shown(source), note)
 
 
@@ -139,8 +143,18 @@ def _image_set(decoded, name, source, note=None):
     mean, std = decoded.mean, decoded.std
     if name in (CIFAR10, CIFAR10_JPEG):
         mean, std = CIFAR10_MEAN, CIFAR10_STD
-    return ImageSet(name, decoded.classes, decoded.images, decoded.labels, decoded.n_train, mean, std,
-                    decoded.fingerprint, source, note)
+    return ImageSet(
+        name,
+        decoded.classes,
+        decoded.images,
+        decoded.labels,
+        decoded.n_train,
+        mean,
+        std,
+        decoded.fingerprint,
+        source,
+        note,
+    )
 
 
 def _load_digits():
@@ -161,8 +175,11 @@ def _load_digits():
 
 def _load_cifar10(cache_dir, progress):
     """CIFAR-10 from the cache, from fastai's own copy, or by fastai's download. Raises InputError with the cause."""
-    stored = [about for about in cache.entries(cache_dir)
-              if about["name"] == CIFAR10 or (about["name"], about["source"]) == (CIFAR10_JPEG, FASTAI_SOURCE)]
+    stored = [
+        about
+        for about in cache.entries(cache_dir)
+        if about["name"] == CIFAR10 or (about["name"], about["source"]) == (CIFAR10_JPEG, FASTAI_SOURCE)
+    ]
     for about in sorted(stored, key=lambda about: about["source"] != FASTAI_SOURCE):  # the same again, if it is there
         decoded = cache.load(cache_dir, about["key"])
         if decoded is not None:

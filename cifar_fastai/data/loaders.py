@@ -91,9 +91,14 @@ class ArrayDL(TfmdDL):
     def _rows(self):
         """The dataset's rows of the store, or None where its items must be taken one by one."""
         dataset, fs = self.dataset, list(self.after_item.fs)
-        plain = (self.whole_batches and self.bs is not None and self.fake_l.num_workers == 0
-                 and isinstance(dataset, Datasets) and all(type(f) is ToTensor for f in fs)
-                 and not list(self.before_batch.fs))  # fmt: skip
+        plain = (
+            self.whole_batches
+            and self.bs is not None
+            and self.fake_l.num_workers == 0
+            and isinstance(dataset, Datasets)
+            and all(type(f) is ToTensor for f in fs)
+            and not list(self.before_batch.fs)
+        )
         if not plain:
             return None
         if getattr(self, "_rows_of", None) is not dataset:
@@ -127,8 +132,10 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
     if valid_pct is not None:
         n_valid = round(valid_pct * len(rows))
         if n_valid < n_classes or len(rows) - n_valid < n_classes:
-            raise InputError(f"--valid-pct {valid_pct}: cuts {n_valid} of {len(rows)} train images, "
-                             f"too few on one side for {n_classes} classes")  # fmt: skip
+            raise InputError(
+                f"--valid-pct {valid_pct}: cuts {n_valid} of {len(rows)} train images, "
+                f"too few on one side for {n_classes} classes"
+            )
         rows, valid = _stratified(images, rows, len(rows) - n_valid, split_seed, f"--valid-pct {valid_pct}")
         _check_classes(images, valid, f"--valid-pct {valid_pct}")
     if subset is not None and subset > len(rows):
@@ -150,8 +157,10 @@ def _stratified(images, rows, n, seed, flag):
 
     counts = np.bincount(images.labels[rows], minlength=len(images.classes))
     if counts.min() < 2:
-        raise InputError(f"{flag}: class {images.classes[counts.argmin()]} has {counts.min()} of the images that are "
-                         "cut; every class needs 2")  # fmt: skip
+        raise InputError(
+            f"{flag}: class {images.classes[counts.argmin()]} has {counts.min()} of the images that are "
+            "cut; every class needs 2"
+        )
     part, rest = train_test_split(rows, train_size=n, stratify=images.labels[rows], random_state=seed)
     return np.sort(part), np.sort(rest)
 
@@ -167,8 +176,18 @@ def default_bs(bs, n_train):
     return max(1, min(bs, n_train // MIN_STEPS))
 
 
-def augmentations(padding=4, pad_mode="zeros", flip=0.5, flip_by="chance", vflip=0.0, rotate=0.0, cutout=16, n_holes=1,
-                  max_holes=None, cutout_p=1.0):  # fmt: skip
+def augmentations(
+    padding=4,
+    pad_mode="zeros",
+    flip=0.5,
+    flip_by="chance",
+    vflip=0.0,
+    rotate=0.0,
+    cutout=16,
+    n_holes=1,
+    max_holes=None,
+    cutout_p=1.0,
+):
     """The train-time batch transforms for these settings, in order; what is 0 is left out.
 
     With `flip_by` "epoch" each image is mirrored in every other epoch, whatever probability above 0 `flip` is.
@@ -196,13 +215,17 @@ def cifar_block(images, batch_tfms=(), splits=None):
     store, splits = Store(images.images, images.labels), splits or split_rows(images)
     return DataBlock(
         blocks=(ImageBlock, CategoryBlock(vocab=list(images.classes), sort=False)),
-        get_x=Pixels(store), get_y=ClassName(store, images.classes), splitter=SplitRows(*splits),
-        batch_tfms=[*batch_tfms, Normalize.from_stats(images.mean, images.std, cuda=False)], dl_type=ArrayDL,
-    )  # fmt: skip
+        get_x=Pixels(store),
+        get_y=ClassName(store, images.classes),
+        splitter=SplitRows(*splits),
+        batch_tfms=[*batch_tfms, Normalize.from_stats(images.mean, images.std, cuda=False)],
+        dl_type=ArrayDL,
+    )
 
 
-def cifar_dls(images="auto", bs=128, valid_pct=None, split_seed=42, subset=None, flip=None, device=None, val_bs=512,
-              **augment):  # fmt: skip
+def cifar_dls(
+    images="auto", bs=128, valid_pct=None, split_seed=42, subset=None, flip=None, device=None, val_bs=512, **augment
+):
     """DataLoaders over CIFAR-10 or what else `images` names: an ImageSet, or what `load_images` takes.
 
     `dls.train` is shuffled and augmented (the arguments of `augmentations` set how; `flip` is the data set's own by

@@ -17,8 +17,17 @@ from typing import NamedTuple
 
 from cifar_fastai.errors import InputError
 
-__all__ = ["MAX_FILES", "MAX_FILE_BYTES", "MAX_TOTAL_BYTES", "Archive", "Entry", "Folder", "cause", "open_source",
-           "shown"]
+__all__ = [
+    "MAX_FILES",
+    "MAX_FILE_BYTES",
+    "MAX_TOTAL_BYTES",
+    "Archive",
+    "Entry",
+    "Folder",
+    "cause",
+    "open_source",
+    "shown",
+]
 
 MAX_FILES = 200_000
 MAX_FILE_BYTES = 64 * 2**20
@@ -50,8 +59,9 @@ def open_source(path, marks):
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise InputError(f"{shown(path) or repr('')}: not found; give a folder, a .tgz or .tar archive, or auto, "
-                         "cifar10 or digits") from None
+        raise InputError(
+            f"{shown(path) or repr('')}: not found; give a folder, a .tgz or .tar archive, or auto, cifar10 or digits"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{shown(path)}: cannot be read ({cause(error)}); give another path") from None
     if stat.S_ISDIR(mode):
@@ -70,7 +80,7 @@ class Folder:
     @cached_property
     def root(self):
         names = [(child.name,) for child in self._scan(())]
-        if not self.marks.intersection(top for top, in names):
+        if not self.marks.intersection(top for (top,) in names):
             tops = [child.name for child in self._scan(()) if child.is_dir()]
             names += [(top, child.name) for top in tops for child in self._scan((top,))]
         return _find_root(names, self.marks, self.path)
@@ -208,8 +218,11 @@ class Archive:
                 pass
         found.pop((), None)
         root = _find_root(list(found), self.marks, self.path)
-        inside = [entry._replace(parts=entry.parts[len(root):]) for entry in found.values()
-                  if entry.parts[: len(root)] == root and len(entry.parts) > len(root)]
+        inside = [
+            entry._replace(parts=entry.parts[len(root) :])
+            for entry in found.values()
+            if entry.parts[: len(root)] == root and len(entry.parts) > len(root)
+        ]
         return root, inside
 
     def _checked(self, info):
@@ -223,8 +236,9 @@ class Archive:
         if info.size < 0:
             raise EOFError(f"{info.size} bytes in one file")
         if info.isreg() and info.size > MAX_FILE_BYTES:
-            raise InputError(f"{where}: {info.size:,} bytes is more than any file of a data set of 32x32 images has; "
-                             "remove it")
+            raise InputError(
+                f"{where}: {info.size:,} bytes is more than any file of a data set of 32x32 images has; remove it"
+            )
         if not any(map(_hidden, path.parts)):
             for part in path.parts:
                 _check_name(part, where)
@@ -236,8 +250,9 @@ class Archive:
         except tarfile.HeaderError:
             if len(block) == _BLOCK and not any(block):
                 return  # an archive of nothing: the search for a root says so
-            raise InputError(f"{shown(self.path)}: not a tar archive; give a folder, or a .tgz or .tar archive"
-                             ) from None
+            raise InputError(
+                f"{shown(self.path)}: not a tar archive; give a folder, or a .tgz or .tar archive"
+            ) from None
 
     @contextmanager
     def _open(self):
@@ -252,8 +267,9 @@ class Archive:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{shown(self.path)}: a truncated or damaged archive ({cause(error)}); download or pack "
-                             "it again") from None
+            raise InputError(
+                f"{shown(self.path)}: a truncated or damaged archive ({cause(error)}); download or pack it again"
+            ) from None
 
 
 class _Bounded:
@@ -295,8 +311,10 @@ def _find_root(names, marks, path):
         found = ", ".join(shown(root[0]) for root in roots[:4])
         raise InputError(f"{shown(path)}: holds several data sets ({found}); give one of them")
     found = ", ".join(map(shown, tops[:4])) + (", ..." if len(tops) > 4 else "") if tops else "nothing"
-    raise InputError(f"{shown(path)}: holds neither train and test folders nor CIFAR-10's batches (found: {found}); "
-                     "give the folder or archive that does")
+    raise InputError(
+        f"{shown(path)}: holds neither train and test folders nor CIFAR-10's batches (found: {found}); "
+        "give the folder or archive that does"
+    )
 
 
 def _check_name(name, where):
@@ -306,8 +324,10 @@ def _check_name(name, where):
 
 def _check_size(entry, max_bytes, source):
     if entry.size > max_bytes:
-        raise InputError(f"{source.where(entry)}: {entry.size:,} bytes, more than the {max_bytes:,} that such a file "
-                         "may have; remove it or make it smaller")
+        raise InputError(
+            f"{source.where(entry)}: {entry.size:,} bytes, more than the {max_bytes:,} that such a file "
+            "may have; remove it or make it smaller"
+        )
 
 
 def _hidden(name):

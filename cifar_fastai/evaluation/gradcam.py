@@ -128,14 +128,17 @@ def _images(x):
 def _checked_layer(model, name, sizes):
     if name not in sizes:
         if name in dict(model.named_modules()) and name:
-            raise InputError(f"layer {name}: gives no map (B, C, h, w), or runs more than once; "
-                             f"choose from {_listed(sizes)}")  # fmt: skip
+            raise InputError(
+                f"layer {name}: gives no map (B, C, h, w), or runs more than once; choose from {_listed(sizes)}"
+            )
         near = get_close_matches(str(name), sizes, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {_listed(sizes)}"
         raise InputError(f"layer {name}: no such layer; {hint}")
     if min(sizes[name]) < MIN_MAP:
-        raise InputError(f"layer {name}: its map is {_shown(sizes[name])}, less than {MIN_MAP} pixels; "
-                         f"take {_deepest(model, sizes)}; all maps: {_listed(sizes)}")  # fmt: skip
+        raise InputError(
+            f"layer {name}: its map is {_shown(sizes[name])}, less than {MIN_MAP} pixels; "
+            f"take {_deepest(model, sizes)}; all maps: {_listed(sizes)}"
+        )
     return name
 
 
@@ -149,8 +152,11 @@ def _deepest(model, sizes):
 
 def _listed(sizes):
     """All maps in one line; a module's own modules are left out where their maps are as large as its."""
-    told = {name: size for name, size in sizes.items()
-            if not any(name.startswith(f"{outer}.") and size == sizes[outer] for outer in sizes)}  # fmt: skip
+    told = {
+        name: size
+        for name, size in sizes.items()
+        if not any(name.startswith(f"{outer}.") and size == sizes[outer] for outer in sizes)
+    }
     return ", ".join(f"{name} {_shown(size)}" for name, size in told.items()) or "none"
 
 
@@ -169,7 +175,7 @@ def _targets(learn, target, n, n_classes):
         target = names.index(target)
     ids = np.asarray(target.cpu() if isinstance(target, torch.Tensor) else target)
     if ids.dtype.kind not in "iu" and ids.size or ids.ndim > 1:
-        raise InputError(f"target {target}: give \"predicted\", a class id, or one id for each image")
+        raise InputError(f'target {target}: give "predicted", a class id, or one id for each image')
     if ids.ndim == 1 and len(ids) != n:
         raise InputError(f"target: {len(ids)} class ids for {n} images; give one for each")
     for wrong in np.unique(ids[(ids < 0) | (ids >= n_classes)])[:1]:
@@ -227,6 +233,7 @@ def _map_sizes(model, x):
     def note(name):
         def hook(module, inputs, output):
             seen.setdefault(name, []).append(output.shape if isinstance(output, torch.Tensor) else ())
+
         return hook
 
     try:

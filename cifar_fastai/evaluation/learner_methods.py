@@ -39,13 +39,24 @@ def plot_misclassified(self: Learner, n=10, dl=None, preds=None, n_cols=5, true=
     known = len(preds.misclassified(true=true, predicted=predicted))
     kind = (f" of {true}" if true else "") + (f" taken for {predicted}" if predicted else "")
     title = f"{len(chosen)} of {known:,} misclassified images{kind}, worst loss first"
-    return plot_tiles(images, *class_names(preds, chosen), preds.confidence[chosen], preds.losses[chosen],
-                      n_cols=n_cols, title=title)  # fmt: skip
+    return plot_tiles(
+        images, *class_names(preds, chosen), preds.confidence[chosen], preds.losses[chosen], n_cols=n_cols, title=title
+    )
 
 
 @patch
-def plot_gradcam(self: Learner, n=10, layer=None, method="GradCAM", target="predicted", dl=None, preds=None,
-                 alpha=0.5, true=None, predicted=None):  # fmt: skip
+def plot_gradcam(
+    self: Learner,
+    n=10,
+    layer=None,
+    method="GradCAM",
+    target="predicted",
+    dl=None,
+    preds=None,
+    alpha=0.5,
+    true=None,
+    predicted=None,
+):
     """A Figure of heatmaps for the `n` misclassified images with the worst losses: image, heatmap, overlay.
 
     `layer`: a name, several, or None for `default_layer`. `target`: "predicted", "true", "both" side by side, a class
@@ -58,8 +69,9 @@ def plot_gradcam(self: Learner, n=10, layer=None, method="GradCAM", target="pred
     ids = {"predicted": preds.predicted[chosen], "true": preds.targets[chosen]}
     targets = list(ids.values()) if target == "both" else [ids.get(target, target)]
     heatmaps = [gradcam(self, x, target, name, method) for name in layer_names(layer) for target in targets]
-    return draw_gradcam(images, heatmaps, *class_names(preds, chosen), preds.confidence[chosen], alpha=alpha,
-                        classes=preds.classes)  # fmt: skip
+    return draw_gradcam(
+        images, heatmaps, *class_names(preds, chosen), preds.confidence[chosen], alpha=alpha, classes=preds.classes
+    )
 
 
 @patch
@@ -124,8 +136,10 @@ def _history(learn):
 def _predicted(learn, dl, preds):
     dl = learn.dls.valid if dl is None else dl
     if preds is not None and len(preds) != len(dl.dataset):
-        raise InputError(f"preds: predictions of {len(preds):,} images, and the split has {len(dl.dataset):,}; "
-                         "give the dl that they were made with, too")  # fmt: skip
+        raise InputError(
+            f"preds: predictions of {len(preds):,} images, and the split has {len(dl.dataset):,}; "
+            "give the dl that they were made with, too"
+        )
     return dl, predict(learn, dl) if preds is None else preds
 
 
@@ -133,4 +147,3 @@ def _worst(preds, n, true=None, predicted=None):
     if n < 1:
         raise InputError(f"n {n}: give how many images to show, at least 1")
     return preds.misclassified(n, true, predicted)
-

@@ -50,8 +50,10 @@ class Predictions:
 
     def __repr__(self):
         """One line: what a notebook shows."""
-        return (f"{len(self):,} images of {len(self.classes)} classes: accuracy {self.accuracy:.2%}, "
-                f"loss {self.loss:.4f}, {len(self.errors):,} misclassified")  # fmt: skip
+        return (
+            f"{len(self):,} images of {len(self.classes)} classes: accuracy {self.accuracy:.2%}, "
+            f"loss {self.loss:.4f}, {len(self.errors):,} misclassified"
+        )
 
     @property
     def accuracy(self):
@@ -81,12 +83,16 @@ class Predictions:
         for name, images, predicted, correct in zip(
             self.classes, matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist(), strict=True
         ):
-            rows.append({
-                "class": name, "images": images, "correct": correct,
-                "accuracy": correct / images if images else None,
-                "precision": correct / predicted if predicted else None,
-                "f1": 2 * correct / (images + predicted) if images + predicted else None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "class": name,
+                    "images": images,
+                    "correct": correct,
+                    "accuracy": correct / images if images else None,
+                    "precision": correct / predicted if predicted else None,
+                    "f1": 2 * correct / (images + predicted) if images + predicted else None,
+                }
+            )
         return rows
 
     @cached_property
@@ -177,9 +183,11 @@ def _shift(x, first):
 
 VIEWS = {
     "flip": _flip,
-    "down": lambda x: _shift(x, 0), "flip down": lambda x: _flip(_shift(x, 0)),
-    "up": lambda x: _shift(x, 2), "flip up": lambda x: _flip(_shift(x, 2)),
-}  # fmt: skip
+    "down": lambda x: _shift(x, 0),
+    "flip down": lambda x: _flip(_shift(x, 0)),
+    "up": lambda x: _shift(x, 2),
+    "flip up": lambda x: _flip(_shift(x, 2)),
+}
 
 # the weight of each view's logits; "plain" is the image as it is
 TTA = {
@@ -242,8 +250,9 @@ def predict(learn, dl=None, tta=None):
     if len(getattr(dl.dataset, "tls", "xy")) < 2:
         raise InputError("the images have no labels to compare with: use dls.test_dl(items, with_labels=True)")
     views = _Views(ttas)
-    _, targets, _ = learn.get_preds(dl=dl.new(shuffle=False, drop_last=False), with_preds=False, with_loss=True,
-                                    reorder=False, cbs=views)  # fmt: skip
+    _, targets, _ = learn.get_preds(
+        dl=dl.new(shuffle=False, drop_last=False), with_preds=False, with_loss=True, reorder=False, cbs=views
+    )
     targets = targets.long().numpy().reshape(-1)
     indices, classes = np.arange(len(targets)), _class_names(learn)
     found = {t: Predictions(_array(views.probs[t]), targets, _array(views.losses[t]), indices, classes) for t in ttas}
@@ -315,10 +324,14 @@ def load_image(file):
 
 
 _TURNED = {  # how to put upright what an Exif orientation describes
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 
 def _upright(image):

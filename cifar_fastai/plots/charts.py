@@ -29,7 +29,7 @@ from cifar_fastai.plots.page import (
     percent,
     text_width,
     wrap,
-)  # fmt: skip
+)
 
 __all__ = [
     "plot_augmentations",

@@ -20,7 +20,7 @@ from cifar_fastai.plots.page import (
     text_height,
     text_width,
     wrap,
-)  # fmt: skip
+)
 
 __all__ = ["plot_augmentations", "plot_gradcam", "plot_tiles"]
 

@@ -28,9 +28,25 @@ LIMIT = 8_000_000  # bytes of a page
 FIGURES_LIMIT = 2_500_000  # bytes of its figures
 LOSSLESS_TILES = 2_500  # above, there is no room for lossless images: do not try
 CONFIG = "recipe", "given", "parameters", "data_name", "classes", "hardware", "note"
-METRICS = ("dataset", "model", "parameters", "epochs", "seed", "device", "precision", "eval_split", "train_accuracy",
-           "valid_accuracy", "valid_loss", "test_accuracy", "tta_accuracy", "tta_shift_accuracy", "class_accuracy",
-           "images_per_second", "seconds")  # fmt: skip
+METRICS = (
+    "dataset",
+    "model",
+    "parameters",
+    "epochs",
+    "seed",
+    "device",
+    "precision",
+    "eval_split",
+    "train_accuracy",
+    "valid_accuracy",
+    "valid_loss",
+    "test_accuracy",
+    "tta_accuracy",
+    "tta_shift_accuracy",
+    "class_accuracy",
+    "images_per_second",
+    "seconds",
+)
 
 # name, title, how to treat it in dark mode, and whether the explorer shows the same and more
 FIGURES = (
@@ -68,21 +84,38 @@ def write_report(run_dir, tiles=None):
     environment = _environment()
     script = Markup(environment.get_template("report.js").render())
     context = dict(
-        run=run_dir.resolve().name, metrics=metrics, history=history, parameters=parameters,
+        run=run_dir.resolve().name,
+        metrics=metrics,
+        history=history,
+        parameters=parameters,
         title=f"{metrics['model'] or parameters.get('model')} on {metrics['dataset'] or config['data_name']}",
         notes=_notes(config, metrics, len(history), parameters.get("epochs")),
-        split=split, split_name={"test": "test", "valid": "validation"}[split], accuracy=metrics[f"{split}_accuracy"],
-        eval_name="Validation" if metrics["eval_split"] == "valid" else "Test", hardware=config["hardware"],
-        charts=_charts(history, metrics["eval_split"] or "test"), figures=_figures(run_dir, explorer=tiles is not None),
-        command=command_line(config), given=config["given"] or {}, facts=_facts(config),
-        summary=_read_text(run_dir / "summary.txt"), n_images=int(matrix.sum()), n_errors=n_errors,
-        classes=classes, matrix=matrix.tolist(), missed=(matrix.sum(1) - matrix.diagonal()).tolist(),
-        taken=(matrix.sum(0) - matrix.diagonal()).tolist(), class_rows=_class_rows(predictions) if predictions else [],
-        pairs=_worst_pairs(predictions) if predictions else [], shades=_shades(matrix), sheet=SHEET,
+        split=split,
+        split_name={"test": "test", "valid": "validation"}[split],
+        accuracy=metrics[f"{split}_accuracy"],
+        eval_name="Validation" if metrics["eval_split"] == "valid" else "Test",
+        hardware=config["hardware"],
+        charts=_charts(history, metrics["eval_split"] or "test"),
+        figures=_figures(run_dir, explorer=tiles is not None),
+        command=command_line(config),
+        given=config["given"] or {},
+        facts=_facts(config),
+        summary=_read_text(run_dir / "summary.txt"),
+        n_images=int(matrix.sum()),
+        n_errors=n_errors,
+        classes=classes,
+        matrix=matrix.tolist(),
+        missed=(matrix.sum(1) - matrix.diagonal()).tolist(),
+        taken=(matrix.sum(0) - matrix.diagonal()).tolist(),
+        class_rows=_class_rows(predictions) if predictions else [],
+        pairs=_worst_pairs(predictions) if predictions else [],
+        shades=_shades(matrix),
+        sheet=SHEET,
         heatmaps=tiles is not None and tiles.cam_predicted is not None,
-        classless=tiles is not None and tiles.cam_true is None, script=script,
+        classless=tiles is not None and tiles.cam_true is None,
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )  # fmt: skip
+    )
     page = _largest_page(environment.get_template("report.html"), context, tiles)
     path = run_dir / "report.html"
     with atomic_write(path, "wb") as file:
@@ -180,14 +213,18 @@ def _read_predictions(path, classes):
 def _class_rows(predictions):
     """One dict per class: the table of `Predictions`, and the class that it is most often taken for."""
     wrong = predictions.confusion_matrix * ~np.eye(len(predictions.classes), dtype=bool)
-    return [row | dict(other=predictions.classes[errors.argmax()], n_other=int(errors.max()))
-            for row, errors in zip(predictions.class_table, wrong, strict=True)]  # fmt: skip
+    return [
+        row | dict(other=predictions.classes[errors.argmax()], n_other=int(errors.max()))
+        for row, errors in zip(predictions.class_table, wrong, strict=True)
+    ]
 
 
 def _worst_pairs(predictions, n=6):
     """The classes that are confused most often: (true id, predicted id, images), most first."""
-    return [(predictions.classes.index(true), predictions.classes.index(predicted), images)
-            for true, predicted, images in predictions.most_confused()[:n]]  # fmt: skip
+    return [
+        (predictions.classes.index(true), predictions.classes.index(predicted), images)
+        for true, predicted, images in predictions.most_confused()[:n]
+    ]
 
 
 def _shades(matrix):
@@ -206,8 +243,10 @@ def _charts(history, eval_split):
     if len(history) < 2:
         return []
     splits = ("train", "train_"), (eval_split, "valid_")
-    shown = [("Accuracy", "percent", [(name, key + "accuracy") for name, key in splits]),
-             ("Loss", "number", [(name, key + "loss") for name, key in splits])]  # fmt: skip
+    shown = [
+        ("Accuracy", "percent", [(name, key + "accuracy") for name, key in splits]),
+        ("Loss", "number", [(name, key + "loss") for name, key in splits]),
+    ]
     charts = []
     for title, unit, lines in shown:
         known = [(name, [row.get(key) for row in history]) for name, key in lines]
@@ -240,19 +279,22 @@ def _chart(title, unit, lines, low, high):
 
     every = max(1, math.ceil(n / 10))
     return dict(
-        title=title, unit=unit, digits=0 if step >= 0.01 else 1,
+        title=title,
+        unit=unit,
+        digits=0 if step >= 0.01 else 1,
         lines=[dict(name=name, d=path(column), last=column[-1]) for name, column in lines],
         y=[(100 * k * step / (high - low), low + k * step) for k in range(round((high - low) / step) + 1)],
         x=[(x(row), row + 1) for row in range(n) if row % every == every - 1 or n <= 10],
-    )  # fmt: skip
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- values as text
 
 
 def _environment():
-    environment = Environment(loader=PackageLoader("cifar_fastai.report", "templates"), autoescape=True,
-                              trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader("cifar_fastai.report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= dict(percent=_percent, count=_count, number=_number, duration=_duration, value=_value)
     return environment
 

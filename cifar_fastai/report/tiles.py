@@ -92,12 +92,22 @@ def _sheet(images, lossless, quality=90):
 def tile_rows(tiles, classes):
     """What stands under each picture; `faint` names the heatmaps that are negligible ("p", "t" or both)."""
     ids = {name: number for number, name in enumerate(classes)}
-    faint = [np.zeros(len(tiles), bool) if flags is None else flags
-             for flags in (tiles.negligible_predicted, tiles.negligible_true)]  # fmt: skip
+    faint = [
+        np.zeros(len(tiles), bool) if flags is None else flags
+        for flags in (tiles.negligible_predicted, tiles.negligible_true)
+    ]
     columns = tiles.indices, tiles.targets, tiles.predicted, tiles.confidence, tiles.losses, *faint
-    return [dict(index=int(index), t=ids[str(true)], p=ids[str(predicted)], confidence=float(sure), loss=float(loss),
-                 faint="p" * bool(p) + "t" * bool(t))
-            for index, true, predicted, sure, loss, p, t in zip(*columns, strict=True)]  # fmt: skip
+    return [
+        dict(
+            index=int(index),
+            t=ids[str(true)],
+            p=ids[str(predicted)],
+            confidence=float(sure),
+            loss=float(loss),
+            faint="p" * bool(p) + "t" * bool(t),
+        )
+        for index, true, predicted, sure, loss, p, t in zip(*columns, strict=True)
+    ]
 
 
 def encoded(image, kind, **options):

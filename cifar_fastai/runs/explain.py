@@ -19,8 +19,18 @@ __all__ = ["explain_errors", "explain_files", "explain_run"]
 MAX_IMAGES = 100  # of one picture
 
 
-def explain_run(run, images=(), layer=None, method="GradCAM", target="predicted", n=10, alpha=0.5, out=None, data=None,
-                device="auto"):  # fmt: skip
+def explain_run(
+    run,
+    images=(),
+    layer=None,
+    method="GradCAM",
+    target="predicted",
+    n=10,
+    alpha=0.5,
+    out=None,
+    data=None,
+    device="auto",
+):
     """Print a table and draw explain.png for `images`, files of any size, or for the run's `n` worst errors.
 
     `layer`: one or several by name, separated by commas; `target`: "predicted", "true" (of the run's own images) or
@@ -73,8 +83,15 @@ def explain_files(learn, files, layer=None, method="GradCAM", target="predicted"
     predicted, confidence = zip(*(item.top3[0] for item in found), strict=True)
     explained = [int(item.probs.argmax()) for item in found] if target == "predicted" else target
     heat = [gradcam(learn, x, explained, name, method) for name in layer_names(layer)]
-    return plot_gradcam(np.stack([item.image for item in found]), heat, [None] * len(found), predicted, confidence,
-                        alpha=alpha, classes=found[0].classes)  # fmt: skip
+    return plot_gradcam(
+        np.stack([item.image for item in found]),
+        heat,
+        [None] * len(found),
+        predicted,
+        confidence,
+        alpha=alpha,
+        classes=found[0].classes,
+    )
 
 
 def explain_errors(learn, layer=None, method="GradCAM", target="predicted", n=10, alpha=0.5, split="test", dl=None):
@@ -97,8 +114,15 @@ def explain_errors(learn, layer=None, method="GradCAM", target="predicted", n=10
     explained = target if explained is None else explained[chosen]
     x = normalised(dl, chosen)
     heat = [gradcam(learn, x, explained, name, method) for name in layer_names(layer)]
-    return plot_gradcam(pixels(dl, chosen), heat, true, predicted, predictions.confidence[chosen], alpha=alpha,
-                        classes=predictions.classes)  # fmt: skip
+    return plot_gradcam(
+        pixels(dl, chosen),
+        heat,
+        true,
+        predicted,
+        predictions.confidence[chosen],
+        alpha=alpha,
+        classes=predictions.classes,
+    )
 
 
 def _top3(top3):

@@ -25,8 +25,19 @@ from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.precision import choose_device
 from cifar_fastai.training.schedule import one_cycle_steps
 
-__all__ = ["describe_machine", "describe_run", "is_run", "learner_for", "load_network", "load_run", "make_folder",
-           "read_config", "run_config", "suit_batches", "versions"]  # fmt: skip
+__all__ = [
+    "describe_machine",
+    "describe_run",
+    "is_run",
+    "learner_for",
+    "load_network",
+    "load_run",
+    "make_folder",
+    "read_config",
+    "run_config",
+    "suit_batches",
+    "versions",
+]
 
 _NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
 _OF_THE_MACHINE = ("data", "device", "out", *_NOT_KEPT)
@@ -72,10 +83,19 @@ def learner_for(cfg, images, device):
     dls = cifar_dls(images, cfg.bs, cfg.valid_pct, cfg.split_seed, cfg.subset, cfg.flip, device, **augment)
     lr = 0.1 if cfg.lr == "find" else cfg.lr
     learn = cifar_learner(
-        dls, cfg.model, opt=cfg.opt, lr=lr, momentum=cfg.momentum, mom_min=cfg.mom_min, nesterov=cfg.nesterov == "yes",
-        wd=cfg.wd, wd_bn_bias=cfg.wd_bn_bias == "yes", label_smoothing=cfg.label_smoothing, precision=cfg.precision,
+        dls,
+        cfg.model,
+        opt=cfg.opt,
+        lr=lr,
+        momentum=cfg.momentum,
+        mom_min=cfg.mom_min,
+        nesterov=cfg.nesterov == "yes",
+        wd=cfg.wd,
+        wd_bn_bias=cfg.wd_bn_bias == "yes",
+        label_smoothing=cfg.label_smoothing,
+        precision=cfg.precision,
         cbs=_callbacks(cfg),
-    )  # fmt: skip
+    )
     learn.recorder.train_metrics = not (cfg.mixup or cfg.cutmix)  # of mixed images no class is right
     return learn
 
@@ -138,8 +158,10 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     cfg.given = list(config["parameters"])
     images = data if isinstance(data, ImageSet) else load_images(cfg.data if data is None else data)
     if images.fingerprint != config.get("data_fingerprint"):
-        raise InputError(f"{images.source}: not the images this run was trained with ({config.get('data_name')}); "
-                         "say where those are with --data")  # fmt: skip
+        raise InputError(
+            f"{images.source}: not the images this run was trained with ({config.get('data_name')}); "
+            "say where those are with --data"
+        )
     device = _choose(device, cfg, config)
     learn = learner_for(cfg, images, device)
     load_weights(learn.model, weights)
@@ -160,9 +182,16 @@ def load_network(folder, device="auto", data=None):
     device, classes = _choose(device, cfg, config), tuple(config["classes"])
     n = len(classes)
     black = ImageSet(
-        config["data_name"], classes, np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2), n,
-        config["mean"], config["std"], config["data_fingerprint"], config["data_source"],
-    )  # fmt: skip
+        config["data_name"],
+        classes,
+        np.zeros((2 * n, 3, 32, 32), np.uint8),
+        np.tile(np.arange(n), 2),
+        n,
+        config["mean"],
+        config["std"],
+        config["data_fingerprint"],
+        config["data_source"],
+    )
     learn = cifar_learner(cifar_dls(black, bs=1, device=device), cfg.model, precision=cfg.precision)
     load_weights(learn.model, _weights(folder, "model.pth"))
     return learn
@@ -204,8 +233,10 @@ def describe_run(folder):
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
         split, seconds = "valid" if metrics["test_accuracy"] is None else "test", metrics["seconds"]
         took = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
-        return (f"{metrics['model']} on {metrics['dataset']}: {in_epochs(metrics['epochs'])} in {took} "
-                f"on {config.get('hardware')}; {split} accuracy {metrics[f'{split}_accuracy']:.2%}")  # fmt: skip
+        return (
+            f"{metrics['model']} on {metrics['dataset']}: {in_epochs(metrics['epochs'])} in {took} "
+            f"on {config.get('hardware')}; {split} accuracy {metrics[f'{split}_accuracy']:.2%}"
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its metrics.json cannot be read ({error}); is the run finished?") from None
 
@@ -214,13 +245,24 @@ def run_config(recipe, cfg, images, learn):
     """config.json of a run: every parameter of `cfg`, the data, the machine. `recipe` None: it was no recipe's."""
     device = learn.dls.device
     return {
-        "recipe": recipe, "given": cfg.given, "parameters": {k: getattr(cfg, k) for k in BASE if k not in _NOT_KEPT},
-        "data_name": images.name, "data_source": images.source, "data_fingerprint": images.fingerprint,
-        "note": images.note, "classes": list(images.classes), "mean": list(map(float, images.mean)),
-        "std": list(map(float, images.std)), "train_images": len(learn.dls.train_ds), "device": str(device),
-        "hardware": describe_machine(device), "precision": cfg.precision, "compiled": False,
-        "eval_split": "test" if cfg.valid_pct is None else "valid", "versions": versions(),
-    }  # fmt: skip
+        "recipe": recipe,
+        "given": cfg.given,
+        "parameters": {k: getattr(cfg, k) for k in BASE if k not in _NOT_KEPT},
+        "data_name": images.name,
+        "data_source": images.source,
+        "data_fingerprint": images.fingerprint,
+        "note": images.note,
+        "classes": list(images.classes),
+        "mean": list(map(float, images.mean)),
+        "std": list(map(float, images.std)),
+        "train_images": len(learn.dls.train_ds),
+        "device": str(device),
+        "hardware": describe_machine(device),
+        "precision": cfg.precision,
+        "compiled": False,
+        "eval_split": "test" if cfg.valid_pct is None else "valid",
+        "versions": versions(),
+    }
 
 
 def versions():

@@ -42,9 +42,16 @@ def write_run(learn, folder=None):
         cfg.sched, cfg.lr = "none", max(history.lrs)
     config = run_config(None, cfg, dls.images, learn) | history.origin
     run = SimpleNamespace(
-        learn=learn, cfg=cfg, folder=folder, log=history, images=dls.images, config=config, tensorboard=None,
-        eval_split=config["eval_split"], n_parameters=sum(p.numel() for p in learn.model.parameters()),
-    )  # fmt: skip
+        learn=learn,
+        cfg=cfg,
+        folder=folder,
+        log=history,
+        images=dls.images,
+        config=config,
+        tensorboard=None,
+        eval_split=config["eval_split"],
+        n_parameters=sum(p.numel() for p in learn.model.parameters()),
+    )
     found = getattr(learn, "range_test", None)
     if found is not None:
         config["lr_find"] = found.suggestions

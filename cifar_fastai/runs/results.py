@@ -61,8 +61,10 @@ def write_results(run):
         write_report(folder, tiles)
         explaining = time.perf_counter() - began
     _print_results(run, metrics, plain, split)
-    print(f"explained {len(tiles.indices):,} of {len(plain.errors):,} errors in {explaining:.0f} s, "
-          f"{explaining / one_pass:.1f} times one pass over the {split} images")  # fmt: skip
+    print(
+        f"explained {len(tiles.indices):,} of {len(plain.errors):,} errors in {explaining:.0f} s, "
+        f"{explaining / one_pass:.1f} times one pass over the {split} images"
+    )
     print(f"all of it on one page: {folder / 'report.html'}", flush=True)
 
 
@@ -71,14 +73,25 @@ def _metrics(run, plain, flip, shift, split):
     on_test = split == "test"
     seconds = sum(row["seconds"] for row in run.log.rows)
     return {
-        "dataset": run.images.name, "model": cfg.model, "parameters": run.n_parameters, "epochs": len(run.log.rows),
-        "seed": cfg.seed, "device": run.config["device"], "hardware": run.config["hardware"],
-        "precision": cfg.precision, "eval_split": run.eval_split, "train_accuracy": last["train_accuracy"],
-        "valid_accuracy": last["valid_accuracy"], "valid_loss": last["valid_loss"],
-        "test_accuracy": plain.accuracy if on_test else None, "tta_accuracy": flip.accuracy,
-        "tta_shift_accuracy": shift.accuracy, "class_accuracy": plain.class_accuracy,
-        "images_per_second": float(np.median([row["images_per_second"] for row in run.log.rows])), "seconds": seconds,
-    }  # fmt: skip
+        "dataset": run.images.name,
+        "model": cfg.model,
+        "parameters": run.n_parameters,
+        "epochs": len(run.log.rows),
+        "seed": cfg.seed,
+        "device": run.config["device"],
+        "hardware": run.config["hardware"],
+        "precision": cfg.precision,
+        "eval_split": run.eval_split,
+        "train_accuracy": last["train_accuracy"],
+        "valid_accuracy": last["valid_accuracy"],
+        "valid_loss": last["valid_loss"],
+        "test_accuracy": plain.accuracy if on_test else None,
+        "tta_accuracy": flip.accuracy,
+        "tta_shift_accuracy": shift.accuracy,
+        "class_accuracy": plain.class_accuracy,
+        "images_per_second": float(np.median([row["images_per_second"] for row in run.log.rows])),
+        "seconds": seconds,
+    }
 
 
 def _print_results(run, metrics, plain, split):
@@ -110,9 +123,13 @@ def _draw(run, predictions, dl, split):
     explained = predictions.predicted if cfg.cam_target == "predicted" else predictions.targets
     heat = [gradcam(run.learn, x, explained[wrong], layer, cfg.cam_method) for layer in layers]
     pictures["gradcam"] = plot_gradcam(
-        pixels(dl, wrong), heat, *class_names(predictions, wrong), predictions.confidence[wrong], alpha=cfg.cam_alpha,
+        pixels(dl, wrong),
+        heat,
+        *class_names(predictions, wrong),
+        predictions.confidence[wrong],
+        alpha=cfg.cam_alpha,
         classes=predictions.classes,
-    )  # fmt: skip
+    )
     return pictures
 
 
@@ -136,8 +153,15 @@ def class_names(predictions, chosen):
 
 def _tiles(dl, predictions, chosen, n_cols, title):
     true, predicted = class_names(predictions, chosen)
-    return plot_tiles(pixels(dl, chosen), true, predicted, predictions.confidence[chosen],
-                      predictions.losses[chosen], n_cols=n_cols, title=title)  # fmt: skip
+    return plot_tiles(
+        pixels(dl, chosen),
+        true,
+        predicted,
+        predictions.confidence[chosen],
+        predictions.losses[chosen],
+        n_cols=n_cols,
+        title=title,
+    )
 
 
 def pixels(dl, chosen):
@@ -199,12 +223,18 @@ def error_tiles(learn, dl, predictions, cfg, limit=MAX_TILES):
     height, width = by_predicted.map_size
     true, predicted = class_names(predictions, chosen)
     return Tiles(
-        images=pixels(dl, chosen), indices=predictions.indices[chosen], targets=true, predicted=predicted,
-        confidence=predictions.confidence[chosen], losses=predictions.losses[chosen],
-        cam_predicted=by_predicted.maps, cam_true=by_true and by_true.maps,
-        negligible_predicted=by_predicted.negligible, negligible_true=by_true and by_true.negligible,
+        images=pixels(dl, chosen),
+        indices=predictions.indices[chosen],
+        targets=true,
+        predicted=predicted,
+        confidence=predictions.confidence[chosen],
+        losses=predictions.losses[chosen],
+        cam_predicted=by_predicted.maps,
+        cam_true=by_true and by_true.maps,
+        negligible_predicted=by_predicted.negligible,
+        negligible_true=by_true and by_true.negligible,
         caption=f"{method} of {layer}, {height} x {width} pixels",
-    )  # fmt: skip
+    )
 
 
 def export(learn, path):
@@ -240,8 +270,11 @@ def network_table(learn):
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     training = model.training
     try:
-        hooks = [note(name, module) for name, module in model.named_modules()
-                 if not list(module.children()) and not (name.endswith("shortcut"))]  # fmt: skip
+        hooks = [
+            note(name, module)
+            for name, module in model.named_modules()
+            if not list(module.children()) and not (name.endswith("shortcut"))
+        ]
         device = next(model.parameters()).device
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, 32, 32, device=device))
@@ -256,7 +289,10 @@ def network_table(learn):
         lines.append(f"{name:<{width}}{kind:<16}{' x '.join(map(str, shape)):<20}{own:>12,}")
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return "\n".join([*lines, f"{'total parameters':<{width + 36}}{total:>12,}",
-                      f"{'trainable parameters':<{width + 36}}{trainable:>12,}"])  # fmt: skip
-
-
+    return "\n".join(
+        [
+            *lines,
+            f"{'total parameters':<{width + 36}}{total:>12,}",
+            f"{'trainable parameters':<{width + 36}}{trainable:>12,}",
+        ]
+    )

@@ -73,15 +73,26 @@ def results_table(results):
 
     By data set, the most accurate first. `results`: a list of `Kept`.
     """
-    lines = ["| data | network | epochs | seeds | test accuracy | with flip TTA | and shifts | training | hardware |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| data | network | epochs | seeds | test accuracy | with flip TTA | and shifts | training | hardware |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     commands = []
     for (command, dataset, hardware, precision), runs in _rows(results):
-        columns = [_percent([run.metrics[name] for run in runs])
-                   for name in ("test_accuracy", "tta_accuracy", "tta_shift_accuracy")]  # fmt: skip
+        columns = [
+            _percent([run.metrics[name] for run in runs])
+            for name in ("test_accuracy", "tta_accuracy", "tta_shift_accuracy")
+        ]
         first, minutes = runs[0].metrics, mean(run.metrics["seconds"] for run in runs) / 60
-        facts = [dataset, first["model"], first["epochs"], len(runs), *columns, f"{minutes:.1f} min",
-                 f"{hardware}, {precision}"]  # fmt: skip
+        facts = [
+            dataset,
+            first["model"],
+            first["epochs"],
+            len(runs),
+            *columns,
+            f"{minutes:.1f} min",
+            f"{hardware}, {precision}",
+        ]
         lines.append("| " + " | ".join(str(fact) for fact in facts) + " |")
         commands.append(f"`{command} --seed {' | '.join(str(run.metrics['seed']) for run in runs)}`")
     return "\n".join([*lines, "", "The commands, row by row: " + "; ".join(commands) + "."])
@@ -125,8 +136,10 @@ def _curves(results, root):
         return ""
     _, (run, *_) = _rows(results)[0]
     told, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
-    return (f"\n\n![Loss and accuracy by epoch: {told['model']}, {told['epochs']} epochs of {told['dataset']}, "
-            f"seed {told['seed']}]({path.as_posix()})")  # fmt: skip
+    return (
+        f"\n\n![Loss and accuracy by epoch: {told['model']}, {told['epochs']} epochs of {told['dataset']}, "
+        f"seed {told['seed']}]({path.as_posix()})"
+    )
 
 
 def _percent(values):

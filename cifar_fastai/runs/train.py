@@ -142,10 +142,21 @@ def _prepared(name, cfg, device, fingerprint=None):
     compiled, why_compile = choose_compile(cfg.compile, device, n_images)
     config = run_config(name, cfg, images, learn)
     return SimpleNamespace(
-        name=name, cfg=cfg, images=images, learn=learn, device=device, config=config, saved=None, folder=None,
-        why_precision=why_precision, compiled=compiled, why_compile=why_compile, started=time.perf_counter(),
-        n_parameters=sum(p.numel() for p in learn.model.parameters()), eval_split=config["eval_split"],
-    )  # fmt: skip
+        name=name,
+        cfg=cfg,
+        images=images,
+        learn=learn,
+        device=device,
+        config=config,
+        saved=None,
+        folder=None,
+        why_precision=why_precision,
+        compiled=compiled,
+        why_compile=why_compile,
+        started=time.perf_counter(),
+        n_parameters=sum(p.numel() for p in learn.model.parameters()),
+        eval_split=config["eval_split"],
+    )
 
 
 def _seed(seed):
@@ -158,13 +169,18 @@ def _print_header(run):
     cfg, images, train = run.cfg, run.images, run.learn.dls.train
     split = f"{len(run.learn.dls.valid_ds):,} {run.eval_split}"
     peak = "found by a range test" if cfg.lr == "find" else f"{cfg.lr:g}"
-    print(f"{cfg.model} on {images.name}: {len(train.dataset):,} train and {split} images of {len(images.classes)} "
-          f"classes; {run.n_parameters:,} parameters")  # fmt: skip
+    print(
+        f"{cfg.model} on {images.name}: {len(train.dataset):,} train and {split} images of {len(images.classes)} "
+        f"classes; {run.n_parameters:,} parameters"
+    )
     print(f"images: {images.source}")
-    print(f"{run.config['hardware']}: {cfg.precision} ({run.why_precision}), "
-          f"{'compiled' if run.compiled else 'not compiled'} ({run.why_compile})")  # fmt: skip
-    print(f"{in_epochs(cfg.epochs)} of {len(train)} steps of {cfg.bs}; {cfg.opt}, {cfg.sched}, lr {peak}; "
-          f"seed {cfg.seed}")  # fmt: skip
+    print(
+        f"{run.config['hardware']}: {cfg.precision} ({run.why_precision}), "
+        f"{'compiled' if run.compiled else 'not compiled'} ({run.why_compile})"
+    )
+    print(
+        f"{in_epochs(cfg.epochs)} of {len(train)} steps of {cfg.bs}; {cfg.opt}, {cfg.sched}, lr {peak}; seed {cfg.seed}"
+    )
     print(f"files: {run.folder}", flush=True)
 
 
@@ -263,4 +279,3 @@ def _find_lr(run):
     run.config["lr_find"] = found.suggestions
     write_json(run.folder / "config.json", run.config)
     print(f"lr {cfg.lr:.3g}: the {cfg.lr_suggest} of the range test", flush=True)
-

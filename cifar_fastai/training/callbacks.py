@@ -123,8 +123,10 @@ class StopOnBadLoss(Callback):
         if not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds") and self.recorder.lrs:
             loss = self.recorder.loss.value
             if loss is not None and not math.isfinite(loss):
-                self._stop(f"the loss on the evaluated images is not a number after epoch {self.epoch + 1}",
-                           float(self.recorder.lrs[-1]))  # fmt: skip
+                self._stop(
+                    f"the loss on the evaluated images is not a number after epoch {self.epoch + 1}",
+                    float(self.recorder.lrs[-1]),
+                )
 
     def _stop(self, what, lr):
         raise RunError(f"{what} (lr {lr:.3g}); try a lower --lr, --clip 1 or --precision fp32")

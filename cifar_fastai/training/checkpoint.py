@@ -23,13 +23,35 @@ from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, held
 from cifar_fastai.training.precision import torch_optimizer
 
-__all__ = ["Checkpoint", "latest_unfinished", "load_checkpoint", "load_weights", "random_states", "save_torch",
-           "set_random_states"]
+__all__ = [
+    "Checkpoint",
+    "latest_unfinished",
+    "load_checkpoint",
+    "load_weights",
+    "random_states",
+    "save_torch",
+    "set_random_states",
+]
 
 VERSION = 2
-_KINDS = dict(version=int, epoch=int, finished_epochs=bool, model=dict, opt=dict, random=dict, rows=list, lrs=list,
-              moms=list, train_iter=int, callbacks=dict, config=dict, given=dict, recipe=str, fingerprint=str,
-              digest=str)
+_KINDS = dict(
+    version=int,
+    epoch=int,
+    finished_epochs=bool,
+    model=dict,
+    opt=dict,
+    random=dict,
+    rows=list,
+    lrs=list,
+    moms=list,
+    train_iter=int,
+    callbacks=dict,
+    config=dict,
+    given=dict,
+    recipe=str,
+    fingerprint=str,
+    digest=str,
+)
 
 
 def plain(value):
@@ -69,8 +91,12 @@ def digest(value, state=None):
 def random_states(dls):
     """Every random state that a step draws from: python, numpy, torch, the device, the train loader's order."""
     _, keys, position, has_gauss, cached = np.random.get_state()
-    states = {"python": random.getstate(), "torch": torch.get_rng_state(), "loader": dls.train.rng.getstate(),
-              "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)]}
+    states = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "loader": dls.train.rng.getstate(),
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+    }
     if dls.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(dls.device)
     elif dls.device.type == "mps":
@@ -125,11 +151,19 @@ class Checkpoint(Callback):
         stopped = keep is not None and keep.patience is not None and keep.waited >= keep.patience
         done = self.epoch + 1
         state = {
-            "version": VERSION, "epoch": done, "finished_epochs": stopped or done == self.n_epoch,
-            "model": dict(raw), "opt": plain(torch_optimizer(self.opt).state_dict()), "random": random_states(self.dls),
-            "rows": plain(log.rows), "lrs": log.lrs, "moms": log.moms, "train_iter": self.train_iter,
-            "callbacks": self._callback_states(), **self.meta,
-        }  # fmt: skip
+            "version": VERSION,
+            "epoch": done,
+            "finished_epochs": stopped or done == self.n_epoch,
+            "model": dict(raw),
+            "opt": plain(torch_optimizer(self.opt).state_dict()),
+            "random": random_states(self.dls),
+            "rows": plain(log.rows),
+            "lrs": log.lrs,
+            "moms": log.moms,
+            "train_iter": self.train_iter,
+            "callbacks": self._callback_states(),
+            **self.meta,
+        }
         state["digest"] = digest(state)
         save_torch(self.path, state)
 
@@ -140,8 +174,10 @@ class Checkpoint(Callback):
             return
         ids = [k for group in saved["param_groups"] for k in group["params"]]
         params = dict(zip(ids, (p for group in opt.param_groups for p in group["params"]), strict=True))
-        state = {k: {name: _laid_out(name, value, params[k]) for name, value in kept.items()}
-                 for k, kept in saved["state"].items()}  # fmt: skip
+        state = {
+            k: {name: _laid_out(name, value, params[k]) for name, value in kept.items()}
+            for k, kept in saved["state"].items()
+        }
         opt.load_state_dict(saved | {"state": state})
 
     def _callback_states(self):

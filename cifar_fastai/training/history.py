@@ -9,8 +9,16 @@ from cifar_fastai.files import atomic_write
 
 __all__ = ["HISTORY_COLUMNS", "History", "in_epochs", "read_history", "write_history"]
 
-HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "images_per_second",
-                   "seconds")  # fmt: skip
+HISTORY_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "valid_loss",
+    "valid_accuracy",
+    "lr",
+    "images_per_second",
+    "seconds",
+)
 
 
 class History(Callback):
@@ -54,9 +62,12 @@ class History(Callback):
             self.moms.append(mom)
         n_images = len(self.dls.train) * self.dls.train.bs
         row = dict.fromkeys(HISTORY_COLUMNS) | train | valid
-        row |= {"epoch": len(self.rows) + 1, "lr": self.lrs[-1],
-                "images_per_second": n_images / (self.trained - self.started),
-                "seconds": time.perf_counter() - self.started}  # fmt: skip
+        row |= {
+            "epoch": len(self.rows) + 1,
+            "lr": self.lrs[-1],
+            "images_per_second": n_images / (self.trained - self.started),
+            "seconds": time.perf_counter() - self.started,
+        }
         self.started = None
         self.rows.append(row)
 
@@ -78,5 +89,7 @@ def read_history(path):
     """The rows of a history.csv as dicts of numbers, None where blank."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{name: None if text == "" else int(text) if name == "epoch" else float(text)
-             for name, text in row.items()} for row in rows]  # fmt: skip
+    return [
+        {name: None if text == "" else int(text) if name == "epoch" else float(text) for name, text in row.items()}
+        for row in rows
+    ]

@@ -27,8 +27,15 @@ from cifar_fastai.training.schedule import one_cycle
 
 __all__ = ["CifarLearner", "cifar_learner", "decay_groups", "optimizer_factory"]
 
-_TORCH = dict(sgd=optim.SGD, adam=optim.Adam, adamw=optim.AdamW, radam=optim.RAdam, nadam=optim.NAdam,
-              rmsprop=optim.RMSprop, muon=Muon)  # fmt: skip
+_TORCH = dict(
+    sgd=optim.SGD,
+    adam=optim.Adam,
+    adamw=optim.AdamW,
+    radam=optim.RAdam,
+    nadam=optim.NAdam,
+    rmsprop=optim.RMSprop,
+    muon=Muon,
+)
 _FASTAI = dict(qhadam="QHAdam", larc="Larc", lamb="Lamb", ranger="ranger")
 _FUSED = ("sgd", "adam", "adamw")  # the others are foreach
 
@@ -49,8 +56,20 @@ class CifarLearner(Learner):
 
     settings = {}
 
-    def fit_one_cycle(self, n_epoch, lr_max=None, div=25.0, div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None,
-                      reset_opt=False, start_epoch=0, anneal="cos"):  # fmt: skip
+    def fit_one_cycle(
+        self,
+        n_epoch,
+        lr_max=None,
+        div=25.0,
+        div_final=1e5,
+        pct_start=0.25,
+        wd=None,
+        moms=None,
+        cbs=None,
+        reset_opt=False,
+        start_epoch=0,
+        anneal="cos",
+    ):
         """Fit for `n_epoch` with one cycle: from lr_max / div up to lr_max at `pct_start`, down to lr_max / div_final.
 
         As fastai's, to the number; `anneal` is "cos" or "linear", and momentum goes the other way, through `moms`.
@@ -62,12 +81,21 @@ class CifarLearner(Learner):
         peak = peaks[0] if len(set(peaks)) == 1 else np.array(peaks)
         moms = self.moms if moms is None else moms
         self.settings = self.settings | dict(
-            sched="one-cycle", epochs=n_epoch, lr=max(peaks), div=div, div_final=div_final, pct_start=pct_start,
-            anneal=anneal, momentum=moms[0], mom_min=None if moms[1] == moms[0] else moms[1],
+            sched="one-cycle",
+            epochs=n_epoch,
+            lr=max(peaks),
+            div=div,
+            div_final=div_final,
+            pct_start=pct_start,
+            anneal=anneal,
+            momentum=moms[0],
+            mom_min=None if moms[1] == moms[0] else moms[1],
             **({} if wd is None else {"wd": wd}),
-        )  # fmt: skip
-        scheds = {"lr": one_cycle(pct_start, peak / div, peak, peak / div_final, anneal),
-                  "mom": one_cycle(pct_start, *moms, anneal)}  # fmt: skip
+        )
+        scheds = {
+            "lr": one_cycle(pct_start, peak / div, peak, peak / div_final, anneal),
+            "mom": one_cycle(pct_start, *moms, anneal),
+        }
         self.fit(n_epoch, cbs=[ParamScheduler(scheds), *L(cbs)], reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
     def one_batch(self, i, b):
@@ -110,9 +138,24 @@ def optimizer_factory(opt="sgd", momentum=0.9, nesterov=True, wd_bn_bias=False):
     return partial(wrapper, opt=partial(_TORCH[opt], **settings)), splitter
 
 
-def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom_min=None, nesterov=True, wd=5e-4,
-                  wd_bn_bias=False, label_smoothing=0.0, precision="auto", channels_last=True, cbs=None, path=".",
-                  **kwargs):  # fmt: skip
+def cifar_learner(
+    dls,
+    model="resnet18",
+    *,
+    opt="sgd",
+    lr=0.1,
+    momentum=0.9,
+    mom_min=None,
+    nesterov=True,
+    wd=5e-4,
+    wd_bn_bias=False,
+    label_smoothing=0.0,
+    precision="auto",
+    channels_last=True,
+    cbs=None,
+    path=".",
+    **kwargs,
+):
     """A fastai `Learner` for `dls` (from `cifar_dls`) around `model`, a name or an nn.Module giving logits (B, C).
 
     `learn.lr_find()`, `learn.fit_one_cycle(20, lr)`, `learn.show_results()`, `ClassificationInterpretation` and all
@@ -129,16 +172,41 @@ def cifar_learner(dls, model="resnet18", *, opt="sgd", lr=0.1, momentum=0.9, mom
     if chosen == "fp16":
         mixed.append(ScaledStep())
     learn = CifarLearner(
-        dls, net, loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=opt_func, splitter=splitter,
-        lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=(momentum, momentum if mom_min is None else mom_min, momentum),
-        metrics=[DeviceMean(accuracy_per_image, "accuracy")], path=path, default_cbs=False,
-        cbs=[TrainEvalCallback(), DeviceRecorder(), CastToTensor(), TellEpoch(), DeviceProgress(), History(), *mixed,
-             *L(cbs)],
+        dls,
+        net,
+        loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing),
+        opt_func=opt_func,
+        splitter=splitter,
+        lr=lr,
+        wd=wd,
+        wd_bn_bias=wd_bn_bias,
+        moms=(momentum, momentum if mom_min is None else mom_min, momentum),
+        metrics=[DeviceMean(accuracy_per_image, "accuracy")],
+        path=path,
+        default_cbs=False,
+        cbs=[
+            TrainEvalCallback(),
+            DeviceRecorder(),
+            CastToTensor(),
+            TellEpoch(),
+            DeviceProgress(),
+            History(),
+            *mixed,
+            *L(cbs),
+        ],
         **kwargs,
-    )  # fmt: skip
+    )
     learn.settings = getattr(dls, "settings", {}) | dict(
-        model=model if isinstance(model, str) else type(model).__name__, opt=opt, lr=lr, momentum=momentum,
-        mom_min=mom_min, nesterov="yes" if nesterov else "no", wd=wd, wd_bn_bias="yes" if wd_bn_bias else "no",
-        label_smoothing=label_smoothing, precision=chosen, sched="none",
-    )  # fmt: skip
+        model=model if isinstance(model, str) else type(model).__name__,
+        opt=opt,
+        lr=lr,
+        momentum=momentum,
+        mom_min=mom_min,
+        nesterov="yes" if nesterov else "no",
+        wd=wd,
+        wd_bn_bias="yes" if wd_bn_bias else "no",
+        label_smoothing=label_smoothing,
+        precision=chosen,
+        sched="none",
+    )
     return learn

@@ -68,9 +68,19 @@ class Muon(torch.optim.Optimizer):
     def _descend(self, params, group):
         """torch's SGD for `params` of `group`."""
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        sgd(params, [p.grad for p in params], buffers, foreach=group["foreach"], lr=group["lr"], dampening=0.0,
-            momentum=group["momentum"], weight_decay=group["weight_decay"], nesterov=group["nesterov"], maximize=False,
-            has_sparse_grad=False)  # fmt: skip
+        sgd(
+            params,
+            [p.grad for p in params],
+            buffers,
+            foreach=group["foreach"],
+            lr=group["lr"],
+            dampening=0.0,
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=False,
+            has_sparse_grad=False,
+        )
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer

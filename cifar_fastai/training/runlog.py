@@ -21,8 +21,11 @@ class RunLog(History):
     def print_header(self):
         """Print the names of the columns."""
         loss, acc = f"{self.eval_split} loss", f"{self.eval_split} acc"
-        print(f"{'epoch':>7}  {'train loss':>10}  {'train acc':>9}  {loss:>10}  {acc:>9}  {'lr':>8}  {'images/s':>8}"
-              f"  {'time':>7}", flush=True)  # fmt: skip
+        print(
+            f"{'epoch':>7}  {'train loss':>10}  {'train acc':>9}  {loss:>10}  {acc:>9}  {'lr':>8}  {'images/s':>8}"
+            f"  {'time':>7}",
+            flush=True,
+        )
 
     def after_epoch(self):
         known = len(self.rows)
@@ -41,9 +44,12 @@ class RunLog(History):
             return "-" if value is None else f"{value:.2%}"
 
         minutes, seconds = divmod(round(row["seconds"]), 60)
-        print(f"{row['epoch']:>3}/{self.n_epoch:<3}  {row['train_loss']:>10.4f}  {percent(row['train_accuracy']):>9}  "
-              f"{row['valid_loss']:>10.4f}  {percent(row['valid_accuracy']):>9}  {row['lr']:>8.2g}  "
-              f"{row['images_per_second']:>8,.0f}  {minutes:>4}:{seconds:02}", flush=True)  # fmt: skip
+        print(
+            f"{row['epoch']:>3}/{self.n_epoch:<3}  {row['train_loss']:>10.4f}  {percent(row['train_accuracy']):>9}  "
+            f"{row['valid_loss']:>10.4f}  {percent(row['valid_accuracy']):>9}  {row['lr']:>8.2g}  "
+            f"{row['images_per_second']:>8,.0f}  {minutes:>4}:{seconds:02}",
+            flush=True,
+        )
 
 
 class KeepBest(Callback):

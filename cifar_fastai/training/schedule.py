@@ -80,8 +80,17 @@ def fit_scheduled(learn, cfg, lr, cbs=(), start_epoch=0):
     low = cfg.momentum if cfg.mom_min is None else cfg.mom_min
     moms = (cfg.momentum, low, cfg.momentum)
     if cfg.sched == "one-cycle":
-        learn.fit_one_cycle(cfg.epochs, lr, div=cfg.div, div_final=cfg.div_final, pct_start=peak_fraction(cfg),
-                            moms=moms, cbs=cbs, start_epoch=start_epoch, anneal=cfg.anneal)  # fmt: skip
+        learn.fit_one_cycle(
+            cfg.epochs,
+            lr,
+            div=cfg.div,
+            div_final=cfg.div_final,
+            pct_start=peak_fraction(cfg),
+            moms=moms,
+            cbs=cbs,
+            start_epoch=start_epoch,
+            anneal=cfg.anneal,
+        )
         return
     if cfg.sched == "flat-cos":  # fastai's fit_flat_cos knows no start_epoch
         cbs.append(ParamScheduler({"lr": Pieces(cfg.pct_start, SchedCos(lr, lr), SchedCos(lr, lr / cfg.div_final))}))

@@ -15,9 +15,18 @@ from torch import Tensor, nn
 
 __all__ = ["plain_convolutions", "winograd_convolutions"]
 
-_G = torch.tensor([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-                   [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
-                  dtype=torch.float32, device="cpu")  # fmt: skip
+_G = torch.tensor(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    dtype=torch.float32,
+    device="cpu",
+)
 _GG = torch.kron(_G, _G)  # (36, 9): a 3x3 filter to its 6x6 transform, both as vectors
 
 # Below this many pixels (B x H x W) the transforms of the filters cost more than they save.
@@ -172,8 +181,14 @@ def _output_tiles_grad(grad):
 
 def _input(v):
     a, b, c, d, e, f = v
-    return [4 * a - 5 * c + e, d + e - 4 * (b + c), 4 * (b - c) - d + e,
-            2 * (d - b) - c + e, 2 * (b - d) - c + e, 4 * b - 5 * d + f]  # fmt: skip
+    return [
+        4 * a - 5 * c + e,
+        d + e - 4 * (b + c),
+        4 * (b - c) - d + e,
+        2 * (d - b) - c + e,
+        2 * (b - d) - c + e,
+        4 * b - 5 * d + f,
+    ]
 
 
 def _output(v):

@@ -42,8 +42,11 @@ def test_quick_runs_to_its_end(folder, tmp_path):
     numbers = tmp_path / "numbers.json"
     done = subprocess.run(
         [sys.executable, RECIPE, "--data", folder, "--device", "cpu", "--quick", "--json", numbers, "--debug"],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     table = [_cells(line) for line in done.stdout.splitlines() if line.startswith("|")]
     assert table[0] == ["what", "who", "time", "images/s", "ours is", "goal", "spread", "peak memory"]
@@ -70,14 +73,17 @@ def test_quick_runs_to_its_end(folder, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
-@pytest.mark.parametrize("given, told", [
-    ({"json": "nowhere/numbers.json"}, "--json nowhere/numbers.json"),
-    ({"repeats": 0}, "--repeats 0"),
-    ({"steps": 1}, "--steps 1"),
-    ({"minutes": float("nan")}, "--minutes nan"),
-    ({"compile": "perhaps", "device": "cpu"}, "--compile perhaps"),
-    ({"precision": "half", "device": "cpu"}, "--precision half"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"json": "nowhere/numbers.json"}, "--json nowhere/numbers.json"),
+        ({"repeats": 0}, "--repeats 0"),
+        ({"steps": 1}, "--steps 1"),
+        ({"minutes": float("nan")}, "--minutes nan"),
+        ({"compile": "perhaps", "device": "cpu"}, "--compile perhaps"),
+        ({"precision": "half", "device": "cpu"}, "--precision half"),
+    ],
+)
 def test_what_cannot_be_is_said_at_once(recipe, given, told):
     with pytest.raises(InputError, match=told):
         recipe.main(**given)
@@ -155,8 +161,13 @@ def test_results_are_compared_round_by_round():
 
 def test_table_names_a_group_once():
     ours = Result("g", "ours", "epoch", [1440.4], images=50_000)
-    lines = markdown_table([ours, Result("g", "other", "epoch", [3601.0], ours=ours, goal=4.0),
-                            Result("h", "start", "start", [0.0123], peak_bytes=5 * 2**20)])  # fmt: skip
+    lines = markdown_table(
+        [
+            ours,
+            Result("g", "other", "epoch", [3601.0], ours=ours, goal=4.0),
+            Result("h", "start", "start", [0.0123], peak_bytes=5 * 2**20),
+        ]
+    )
     assert [_cells(line) for line in lines[2:]] == [
         ["g", "ours", "1,440 s/epoch", "35", "", "", "0.0%", ""],
         ["", "other", "3,601 s/epoch", "", "2.50x", "4x, missed", "0.0%", ""],
@@ -185,8 +196,9 @@ def test_peak_memory_is_that_of_this_process_alone():
     ballast = np.ones(300 * 2**20, np.uint8)  # a process started from here must not inherit it
     code = "from benchmarks.startup import peak_memory; print(peak_memory())"
     home = str(RECIPE.parents[1])
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ |
-                           {"PYTHONPATH": home})  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": home}
+    )
     assert ballast.nbytes < peak_memory()
     if sys.platform == "linux":
         assert int(child.stdout) < 200 * 2**20

@@ -14,8 +14,15 @@ from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.range_test import range_test
 
 torch.set_num_threads(1)
-ALL = [RandomCrop(), RandomCrop(padding=5, pad_mode="reflect"), RandomFlip(), RandomFlip(vertical=True),
-       RandomRotate(15), CutOut(8), CutOut(8, 1, 0.8, 3)]  # fmt: skip
+ALL = [
+    RandomCrop(),
+    RandomCrop(padding=5, pad_mode="reflect"),
+    RandomFlip(),
+    RandomFlip(vertical=True),
+    RandomRotate(15),
+    CutOut(8),
+    CutOut(8, 1, 0.8, 3),
+]
 
 
 def images(n, channels=3, size=32):
@@ -83,8 +90,12 @@ def test_every_crop_is_a_window_of_the_padded_image(pad_mode, torch_mode):
     places = []
     for image, crop in zip(plain(x), plain(out), strict=True):
         padded = F.pad(image[None], (4, 4, 4, 4), mode=torch_mode)[0]  # (3, 40, 40)
-        found = [(top, left) for top in range(9) for left in range(9)
-                 if torch.equal(padded[:, top : top + 32, left : left + 32], crop)]  # fmt: skip
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            if torch.equal(padded[:, top : top + 32, left : left + 32], crop)
+        ]
         assert len(found) == 1
         places += found
     assert len(set(places)) > 10

@@ -102,25 +102,33 @@ def batch_files(n=4, top="", protocol=2, names=CIFAR10_CLASSES, **changes):
     rng = np.random.default_rng(0)
     content = {"batches.meta": {b"label_names": [name.encode() for name in names], b"num_vis": 3072}}
     for name in (*batches.TRAIN_BATCHES, batches.TEST_BATCH):
-        content[name] = {b"batch_label": name.encode(), b"labels": rng.integers(0, len(names), n).tolist(),
-                         b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
-                         b"filenames": [f"{i}.png".encode() for i in range(n)]}
+        content[name] = {
+            b"batch_label": name.encode(),
+            b"labels": rng.integers(0, len(names), n).tolist(),
+            b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+            b"filenames": [f"{i}.png".encode() for i in range(n)],
+        }
     content |= changes
-    return {top + name: value if isinstance(value, bytes) else pickle.dumps(value, protocol)
-            for name, value in content.items()}
+    return {
+        top + name: value if isinstance(value, bytes) else pickle.dumps(value, protocol)
+        for name, value in content.items()
+    }
 
 
 def python2_batch(pixels, labels):
     """A batch as Python 2's cPickle wrote the official ones (protocol 2, 8-bit strings)."""
+
     def string(text):
         return b"U" + bytes([len(text)]) + text
 
     data = pixels.tobytes()
     rows = struct.pack("<H", len(pixels))
-    array = (b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85" + string(b"b") + b"\x87R"
-             b"(K\x01M" + rows + b"M\x00\x0c\x86cnumpy\ndtype\nq\x03" + string(b"u1") + b"K\x00K\x01\x87R"
-             b"(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-             b"\x89T" + struct.pack("<i", len(data)) + data + b"tb")
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85" + string(b"b") + b"\x87R"
+        b"(K\x01M" + rows + b"M\x00\x0c\x86cnumpy\ndtype\nq\x03" + string(b"u1") + b"K\x00K\x01\x87R"
+        b"(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89T" + struct.pack("<i", len(data)) + data + b"tb"
+    )
     listed = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
     return b"\x80\x02}q\x00(" + string(b"data") + array + string(b"labels") + listed + b"u."
 
@@ -178,9 +186,16 @@ def test_a_folder_on_top_of_a_folder(tmp_path):
 
 
 def test_hidden_and_foreign_files_are_passed_by(tmp_path):
-    junk = {".DS_Store": b"x", "__MACOSX/train/cat/._0000.png": b"x", "labels.txt": b"cat\ndog",
-            "train/.DS_Store": b"x", "train/cat/._0000.png": b"x", "train/.ipynb_checkpoints/0.png": b"x",
-            "test/dog/Thumbs.db": b"x", "models/x/y/z/0.png": b"x"}
+    junk = {
+        ".DS_Store": b"x",
+        "__MACOSX/train/cat/._0000.png": b"x",
+        "labels.txt": b"cat\ndog",
+        "train/.DS_Store": b"x",
+        "train/cat/._0000.png": b"x",
+        "train/.ipynb_checkpoints/0.png": b"x",
+        "test/dog/Thumbs.db": b"x",
+        "models/x/y/z/0.png": b"x",
+    }
     plain = load_images(write_folder(tmp_path / "plain", tiny_files()))
     assert load_images(write_folder(tmp_path / "junk", tiny_files() | junk)).fingerprint == plain.fingerprint
     packed = {f"pets/{name}": content for name, content in (tiny_files() | junk).items()}
@@ -233,8 +248,10 @@ def test_fingerprint_tells_contents_apart(tmp_path):
     prints.add(load_images(write_folder(tmp_path / "b", repainted)).fingerprint)
     renamed = {name.replace("cat", "cow"): content for name, content in files.items()}
     prints.add(load_images(write_folder(tmp_path / "c", renamed)).fingerprint)
-    moved = {{"train": "test", "test": "train"}[name.split("/")[0]] + name[name.index("/"):]: content
-             for name, content in files.items()}
+    moved = {
+        {"train": "test", "test": "train"}[name.split("/")[0]] + name[name.index("/") :]: content
+        for name, content in files.items()
+    }
     prints.add(load_images(write_folder(tmp_path / "d", moved)).fingerprint)
     assert len(prints) == 4
 
@@ -297,8 +314,17 @@ def test_a_planted_pickle_is_refused_and_not_run(tmp_path, protocol, file):
     assert marker.exists()
 
 
-@pytest.mark.parametrize("call", ["__builtin__ eval", "builtins exec", "numpy.core.multiarray scalar", "numpy load",
-                                  "numpy.lib.npyio load", "cifar_fastai.data.cache store"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "__builtin__ eval",
+        "builtins exec",
+        "numpy.core.multiarray scalar",
+        "numpy load",
+        "numpy.lib.npyio load",
+        "cifar_fastai.data.cache store",
+    ],
+)
 def test_nothing_but_arrays_can_be_asked_for(call):
     module, name = call.split()
     content = f"c{module}\n{name}\n(S'1'\ntR.".encode()
@@ -306,11 +332,29 @@ def test_nothing_but_arrays_can_be_asked_for(call):
         batches.load_plain(content)
 
 
-@pytest.mark.parametrize("content", [
-    pickle.dumps(np.zeros(3, np.int64)), pickle.dumps(np.array([None])), pickle.dumps(1.5), pickle.dumps({1, 2}),
-    pickle.dumps({(1, 2): 3}), b"", b".", b"\x80\x02", b"\x80\x02}", b"N}b.", b"]]b.", b"(cnumpy\nndarray\n(tR.",
-    b"\x85.", b"e.", b"N(u.", b"}(K\x01u.", b"h\x05.", b"\x80\x05\x96" + b"\xff" * 8 + b".",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(np.zeros(3, np.int64)),
+        pickle.dumps(np.array([None])),
+        pickle.dumps(1.5),
+        pickle.dumps({1, 2}),
+        pickle.dumps({(1, 2): 3}),
+        b"",
+        b".",
+        b"\x80\x02",
+        b"\x80\x02}",
+        b"N}b.",
+        b"]]b.",
+        b"(cnumpy\nndarray\n(tR.",
+        b"\x85.",
+        b"e.",
+        b"N(u.",
+        b"}(K\x01u.",
+        b"h\x05.",
+        b"\x80\x05\x96" + b"\xff" * 8 + b".",
+    ],
+)
 def test_what_is_no_plain_data_is_refused(content):
     with pytest.raises(InputError, match="^b: not one of CIFAR-10's batches"):
         batches.read_batch(content, 10, "b")
@@ -318,11 +362,16 @@ def test_what_is_no_plain_data_is_refused(content):
 
 BATCH = pickle.loads(batch_files()["data_batch_1"])
 BAD_BATCHES = {
-    "columns": (BATCH | {b"data": np.zeros((4, 3000), np.uint8)}, r"must be uint8 of shape \(N, 3072\), and is shape "
-                r"\(4, 3000\)"),
+    "columns": (
+        BATCH | {b"data": np.zeros((4, 3000), np.uint8)},
+        r"must be uint8 of shape \(N, 3072\), and is shape "
+        r"\(4, 3000\)",
+    ),
     "dimensions": (BATCH | {b"data": np.zeros((4, 3, 32, 32), np.uint8)}, r"is shape \(4, 3, 32, 32\)"),
-    "no rows": (pickle.dumps(BATCH | {b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, 4),
-                r"is shape \(0, 3072\)"),
+    "no rows": (
+        pickle.dumps(BATCH | {b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, 4),
+        r"is shape \(0, 3072\)",
+    ),
     "dtype": (BATCH | {b"data": np.zeros((4, 3072), np.float32)}, "an array of something else than uint8"),
     "no data": ({b"labels": [1]}, "is missing or no array"),
     "data a list": (BATCH | {b"data": [1, 2]}, "is missing or no array"),
@@ -401,14 +450,21 @@ BAD_FILES = {  # of a folder and of an archive alike
     "only in test": (without(TINY, "train/cat"), "class cat is in test and not in train"),
     "empty class": (without(TINY, "test/dog") | {"test/dog/": b""}, "no png or jpg image in test/dog"),
     "class of text": (without(TINY, "test/dog") | {"test/dog/a.txt": b"x"}, "no png or jpg image in test/dog"),
-    "class of hidden": (without(TINY, "test/dog") | {"test/dog/": b"", "test/dog/._1.png": b"x"},
-                        "no png or jpg image"),
+    "class of hidden": (
+        without(TINY, "test/dog") | {"test/dog/": b"", "test/dog/._1.png": b"x"},
+        "no png or jpg image",
+    ),
     "one class": (without(TINY, "dog"), "only one class, cat; there must be two at least"),
-    "no image": (TINY | {"train/cat/0001.png": b"not an image"}, "train/cat/0001.png: cannot be read as an image "
-                 r"\(neither png nor jpg\)"),
+    "no image": (
+        TINY | {"train/cat/0001.png": b"not an image"},
+        "train/cat/0001.png: cannot be read as an image "
+        r"\(neither png nor jpg\)",
+    ),
     "empty image": (TINY | {"train/cat/0001.png": b""}, "train/cat/0001.png: cannot be read as an image"),
-    "cut png": (TINY | {"train/cat/0001.png": TINY["train/cat/0001.png"][:1500]},
-                "train/cat/0001.png: cannot be read as an image"),
+    "cut png": (
+        TINY | {"train/cat/0001.png": TINY["train/cat/0001.png"][:1500]},
+        "train/cat/0001.png: cannot be read as an image",
+    ),
     "altered png": (TINY | {"train/cat/0001.png": bytes(CORRUPT)}, "train/cat/0001.png: cannot be read as an image"),
     "cut jpeg": (TINY | {"train/cat/a.jpg": JPEG[: len(JPEG) // 2]}, "train/cat/a.jpg: cannot be read as an image"),
     "size": (TINY | {"test/cat/small.png": SMALL}, "test/cat/small.png: 30x28 pixels; every image must be 32x32"),
@@ -417,8 +473,11 @@ BAD_FILES = {  # of a folder and of an archive alike
     "no class folder": (TINY | {"test/a.png": SMALL}, "test/a.png: images belong in test/<class>/"),
     "deeper": (TINY | {"test/cat/more/a.png": SMALL}, "test/cat/more.*: images belong in test/<class>/"),
     "class name": (TINY | {"train/a\nb/0.png": SMALL}, r"a\\nb.*: a name of control characters"),
-    "nothing of use": ({"images/a.png": SMALL, "b.txt": b"x"}, r"neither train and test folders nor CIFAR-10's batches "
-                       r"\(found: b.txt, images\)"),
+    "nothing of use": (
+        {"images/a.png": SMALL, "b.txt": b"x"},
+        r"neither train and test folders nor CIFAR-10's batches "
+        r"\(found: b.txt, images\)",
+    ),
     "nothing": ({}, r"\(found: nothing\)"),
     "several": ({**tiny_files(top="a/"), **tiny_files(top="b/")}, r"holds several data sets \(a, b\)"),
 }
@@ -438,18 +497,24 @@ def test_bad_archive(tmp_path, case):
     refused(write_tar(tmp_path / "pets.tgz", files), message)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("missing", "missing: not found; give a folder, a .tgz or .tar archive, or auto, cifar10 or digits"),
-    ("", "^'': not found"), ("a\0b", r"a\\x00b: cannot be read \(embedded null byte\)"),
-    ("x" * 5000, r"xxx\.\.\.xxx+: cannot be read \(File name too long\)"),
-    ("~nobody-of-this-name/x", "~nobody-of-this-name/x: not found"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "missing: not found; give a folder, a .tgz or .tar archive, or auto, cifar10 or digits"),
+        ("", "^'': not found"),
+        ("a\0b", r"a\\x00b: cannot be read \(embedded null byte\)"),
+        ("x" * 5000, r"xxx\.\.\.xxx+: cannot be read \(File name too long\)"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x: not found"),
+    ],
+)
 def test_not_found(name, message):
     refused(name, message)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"hello" * 1000, TINY["train/cat/0000.png"],
-                                     gzip.compress(b"hello" * 1000), gzip.compress(b"")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", b"hello" * 1000, TINY["train/cat/0000.png"], gzip.compress(b"hello" * 1000), gzip.compress(b"")],
+)
 def test_not_an_archive(tmp_path, content):
     (tmp_path / "pets.tgz").write_bytes(content)
     refused(tmp_path / "pets.tgz", "pets.tgz: not a tar archive; give a folder, or a .tgz or .tar archive")
@@ -612,8 +677,9 @@ def test_auto_falls_back_and_says_why(monkeypatch):
     for name in ("auto", None):
         images = load_images(name)
         assert images.name == "digits"
-        assert images.note == ("CIFAR-10 cannot be had (download of the test: no network); this is scikit-learn's "
-                               "digits in its place")
+        assert images.note == (
+            "CIFAR-10 cannot be had (download of the test: no network); this is scikit-learn's digits in its place"
+        )
 
 
 def test_cifar10_does_not_fall_back(monkeypatch):
@@ -764,9 +830,14 @@ def decodings(monkeypatch):
 
 
 def same(a, b):
-    return (np.array_equal(a.images, b.images) and np.array_equal(a.labels, b.labels)
-            and all(getattr(a, name) == getattr(b, name)
-                    for name in ("name", "classes", "n_train", "mean", "std", "fingerprint", "note")))
+    return (
+        np.array_equal(a.images, b.images)
+        and np.array_equal(a.labels, b.labels)
+        and all(
+            getattr(a, name) == getattr(b, name)
+            for name in ("name", "classes", "n_train", "mean", "std", "fingerprint", "note")
+        )
+    )
 
 
 def test_second_start_decodes_nothing(tmp_path, pets, decodings):
@@ -805,6 +876,7 @@ def edit(name, change):
     def damage(home):
         file = home / name
         file.write_bytes(change(file.read_bytes()))
+
     return damage
 
 
@@ -813,6 +885,7 @@ def flip(at):
         content = bytearray(content)
         content[at] ^= 0x10
         return content
+
     return change
 
 
@@ -931,9 +1004,10 @@ def test_processes_at_once(pets, own_cache, damaged):
         (home / "images.npy").write_bytes(b"")
     else:
         shutil.rmtree(own_cache)
-    script = f"from cifar_fastai.data.images import load_images; i = load_images({str(pets)!r}); print(i.fingerprint, i.note)"
-    processes = [subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, cwd=ROOT)
-                 for _ in range(4)]
+    script = f"from cifar_fastai import load_images; i = load_images({str(pets)!r}); print(i.fingerprint, i.note)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(4)
+    ]
     assert [process.communicate(timeout=120)[0].split() for process in processes] == [[fingerprint, "None"]] * 4
     assert list(own_cache.iterdir()) == [home]
 
@@ -958,12 +1032,16 @@ def test_threads_at_once(pets, own_cache):
     assert not list(own_cache.glob(".*"))
 
 
-@pytest.mark.parametrize(("platform", "environment", "expected"), [
-    ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/cifar_fastai"), ("linux", {}, "~/.cache/cifar_fastai"),
-    ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache/cifar_fastai"),
-    ("win32", {"LOCALAPPDATA": "/local", "XDG_CACHE_HOME": "/x"}, "/local/cifar_fastai"),
-    ("linux", {"CIFAR_FASTAI_CACHE": "/own", "XDG_CACHE_HOME": "/x"}, "/own"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("platform", "environment", "expected"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/cifar_fastai"),
+        ("linux", {}, "~/.cache/cifar_fastai"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache/cifar_fastai"),
+        ("win32", {"LOCALAPPDATA": "/local", "XDG_CACHE_HOME": "/x"}, "/local/cifar_fastai"),
+        ("linux", {"CIFAR_FASTAI_CACHE": "/own", "XDG_CACHE_HOME": "/x"}, "/own"),
+    ],
+)
 def test_cache_folder(monkeypatch, platform, environment, expected):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "CIFAR_FASTAI_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -1009,7 +1087,8 @@ def test_progress_in_a_notebook_is_a_bar_of_fastprogress(pets, monkeypatch, caps
 
 
 def test_importing_it_is_light():
-    script = "import sys, cifar_fastai.data.images; print(*{'torch', 'fastai', 'sklearn', 'matplotlib'} & set(sys.modules))"
+    heavy = "{'torch', 'fastai', 'sklearn', 'matplotlib'}"
+    script = f"import sys, cifar_fastai.data.images; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, cwd=ROOT, timeout=120)
     assert (done.stdout, done.stderr, done.returncode) == ("\n", "", 0)
 

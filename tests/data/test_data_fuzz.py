@@ -46,8 +46,12 @@ def member(name, content):
     return info, content
 
 
-FILES = {f"pets/{split}/{name}/{i}.png": png(10 * len(split) + 2 * (name == "cat") + i)
-         for split in ("train", "test") for name in ("cat", "dog") for i in range(2)}
+FILES = {
+    f"pets/{split}/{name}/{i}.png": png(10 * len(split) + 2 * (name == "cat") + i)
+    for split in ("train", "test")
+    for name in ("cat", "dog")
+    for i in range(2)
+}
 TAR = packed(member(*file) for file in FILES.items())
 OPEN_TAR = TAR.rstrip(b"\0") + bytes(-len(TAR.rstrip(b"\0")) % 512)  # without its end
 ROW = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
@@ -55,10 +59,15 @@ BATCH = {b"data": ROW, b"labels": [0, 1], b"filenames": [b"a.png", b"b.png"], b"
 META = pickle.dumps({b"label_names": [b"cat", b"dog"]}, 2)
 
 mutations = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "drop", "double", "insert", "zero"]), st.floats(0, 1, exclude_max=True),
-              st.integers(1, 600), st.binary(min_size=1, max_size=8)),
-    min_size=1, max_size=4,
-)  # fmt: skip
+    st.tuples(
+        st.sampled_from(["flip", "cut", "drop", "double", "insert", "zero"]),
+        st.floats(0, 1, exclude_max=True),
+        st.integers(1, 600),
+        st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=4,
+)
 
 
 def mutated(content, changes):
@@ -121,6 +130,7 @@ def written(content, name="pets.tgz"):
     def make(folder):
         (folder / name).write_bytes(content)
         return folder / name
+
     return make
 
 
@@ -147,16 +157,50 @@ def test_mutated_gzip(changes):
 
 
 names = st.one_of(
-    st.sampled_from(["../x.png", "/x.png", "pets/../../x.png", "pets/train/cat/x.png", "pets/train/cat", "pets",
-                     "pets/train/<b>/x.png", "pets/test/cat/0.png", ".", "", "pets/train/cat/x\n.png", "pets//train",
-                     "C:\\x.png", "pets/train/cat/x/y.png", "other/train/cat/x.png", "pets/train/\udcff/x.png"]),
-    st.lists(st.sampled_from(["pets", "train", "test", "cat", "cow", "..", ".", "a.png", "é", "x" * 120]), min_size=1,
-             max_size=6).map("/".join),
+    st.sampled_from(
+        [
+            "../x.png",
+            "/x.png",
+            "pets/../../x.png",
+            "pets/train/cat/x.png",
+            "pets/train/cat",
+            "pets",
+            "pets/train/<b>/x.png",
+            "pets/test/cat/0.png",
+            ".",
+            "",
+            "pets/train/cat/x\n.png",
+            "pets//train",
+            "C:\\x.png",
+            "pets/train/cat/x/y.png",
+            "other/train/cat/x.png",
+            "pets/train/\udcff/x.png",
+        ]
+    ),
+    st.lists(
+        st.sampled_from(["pets", "train", "test", "cat", "cow", "..", ".", "a.png", "é", "x" * 120]),
+        min_size=1,
+        max_size=6,
+    ).map("/".join),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12),
-)  # fmt: skip
-types = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE,
-                         tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE,
-                         tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, b"Z"])
+)
+types = st.sampled_from(
+    [
+        tarfile.REGTYPE,
+        tarfile.AREGTYPE,
+        tarfile.DIRTYPE,
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.CONTTYPE,
+        tarfile.GNUTYPE_SPARSE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        b"Z",
+    ]
+)
 sizes = st.one_of(st.integers(0, 2000), st.sampled_from([-1, -512, -(2**40), 2**31, 2**40, 2**62]))
 
 
@@ -179,12 +223,27 @@ def test_hostile_members(members, first):
 
 
 pax = st.dictionaries(
-    st.sampled_from(["path", "size", "linkpath", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major",
-                     "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize", "mtime", "hdrcharset"]),
-    st.one_of(st.sampled_from(["1", "0", "-1", "-512", "1e9", "nan", "0,5", "BINARY", "../x.png", "99999999999999"]),
-              st.text(string.printable, max_size=10)),
+    st.sampled_from(
+        [
+            "path",
+            "size",
+            "linkpath",
+            "GNU.sparse.map",
+            "GNU.sparse.size",
+            "GNU.sparse.major",
+            "GNU.sparse.minor",
+            "GNU.sparse.name",
+            "GNU.sparse.realsize",
+            "mtime",
+            "hdrcharset",
+        ]
+    ),
+    st.one_of(
+        st.sampled_from(["1", "0", "-1", "-512", "1e9", "nan", "0,5", "BINARY", "../x.png", "99999999999999"]),
+        st.text(string.printable, max_size=10),
+    ),
     max_size=4,
-)  # fmt: skip
+)
 
 
 @BOUNDED
@@ -240,10 +299,11 @@ def test_random_pickles(head, tail):
 
 plain = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(2**500), 2**500), st.text(), st.binary(min_size=1)),
-    lambda inner: st.one_of(st.lists(inner), st.lists(inner).map(tuple),
-                            st.dictionaries(st.one_of(st.text(), st.binary(min_size=1)), inner)),
+    lambda inner: st.one_of(
+        st.lists(inner), st.lists(inner).map(tuple), st.dictionaries(st.one_of(st.text(), st.binary(min_size=1)), inner)
+    ),
     max_leaves=20,
-)  # fmt: skip
+)
 
 
 @BOUNDED

@@ -58,8 +58,10 @@ def test_values_are_the_pixels_normalised(dls, tiny_images):
 
 def test_training_is_shuffled_complete_and_afresh_each_epoch(tiny_images):
     dls = cifar_dls(tiny_images, bs=6, device="cpu", padding=0, cutout=0, flip=0.0)
+
     def epoch():
         return torch.cat([x for x, _ in dls.train]).flatten(1).sum(1)
+
     one, two = epoch(), epoch()
     assert not torch.equal(one, two)
     every = torch.from_numpy(tiny_images.train_images).float()
@@ -127,11 +129,15 @@ def test_a_split_for_choosing_is_stratified_repeatable_and_apart_from_train(tiny
     assert counts.max() - counts.min() <= 1
 
 
-@pytest.mark.parametrize("n, given, says", [
-    (1, dict(valid_pct=0.3), "class blue has 1 of the images"), (1, dict(subset=20), "class blue has 1 of the images"),
-    (2, dict(valid_pct=0.1), "leaves no image of class blue"),
-    (2, dict(valid_pct=0.5, subset=8), "--subset 8: class blue has 1 of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, given, says",
+    [
+        (1, dict(valid_pct=0.3), "class blue has 1 of the images"),
+        (1, dict(subset=20), "class blue has 1 of the images"),
+        (2, dict(valid_pct=0.1), "leaves no image of class blue"),
+        (2, dict(valid_pct=0.5, subset=8), "--subset 8: class blue has 1 of"),
+    ],
+)
 def test_a_class_that_is_too_rare_to_be_cut(tiny_images, n, given, says):
     """`n` blue images beside 32 others."""
     labels = tiny_images.labels.copy()
@@ -148,10 +154,15 @@ def test_subset_comes_out_of_what_the_split_left(tiny_images):
     assert np.bincount(tiny_images.labels[train]).tolist() == [3, 3, 3]
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    (dict(subset=1000), "--subset 1000: there are"), (dict(subset=1), "at least one image for each"),
-    (dict(valid_pct=0.001), "too few"), (dict(bs=1000), "--bs 1000: there are"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(subset=1000), "--subset 1000: there are"),
+        (dict(subset=1), "at least one image for each"),
+        (dict(valid_pct=0.001), "too few"),
+        (dict(bs=1000), "--bs 1000: there are"),
+    ],
+)
 def test_settings_that_do_not_fit_the_data(tiny_images, kwargs, message):
     with pytest.raises(InputError, match=message):
         cifar_dls(tiny_images, device="cpu", **{"bs": 4, **kwargs})
@@ -163,5 +174,11 @@ def test_batches_shrink_for_a_small_set():
 
 
 def _net(n_classes):
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
-                               torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, n_classes))
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 4),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, n_classes),
+    )

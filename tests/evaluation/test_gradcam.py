@@ -228,9 +228,17 @@ def test_default_layers_of_the_networks():
 
 def test_layers_in_order(net):
     assert cam_layers(net) == {
-        "conv1": (16, 16), "bn1": (16, 16), "stage.0": (8, 8), "stage.1": (8, 8), "stage.2": (8, 8), "stage": (8, 8),
-        "small.0": (4, 4), "small.1": (4, 4), "small.2": (4, 4), "small": (4, 4),
-    }  # fmt: skip
+        "conv1": (16, 16),
+        "bn1": (16, 16),
+        "stage.0": (8, 8),
+        "stage.1": (8, 8),
+        "stage.2": (8, 8),
+        "stage": (8, 8),
+        "small.0": (4, 4),
+        "small.1": (4, 4),
+        "small.2": (4, 4),
+        "small": (4, 4),
+    }
     assert default_layer(net) == "stage" and default_layer(net, size=64) == "small"
 
 
@@ -259,8 +267,14 @@ def test_wrong_names(net, x):
         gradcam(net, x, method="gradcam+")
     with pytest.raises(InputError, match="method qqq: no such name; choose from GradCAM, GradCAM"):
         gradcam(net, x, method="qqq")
-    wrong = {3: "target 3: no such class; ids go from 0 to 2", -1: "target -1", 0.5: "give \"predicted",
-             "cat": "target cat", (0, 1): "2 class ids for 5", (0, 1, 2, 3, 0): "target 3"}  # fmt: skip
+    wrong = {
+        3: "target 3: no such class; ids go from 0 to 2",
+        -1: "target -1",
+        0.5: 'give "predicted',
+        "cat": "target cat",
+        (0, 1): "2 class ids for 5",
+        (0, 1, 2, 3, 0): "target 3",
+    }
     for target, said in wrong.items():
         with pytest.raises(InputError, match=said):
             gradcam(net, x, target)
@@ -354,8 +368,10 @@ def test_leaves_all_as_it_was(messy, x, method, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("method", "n"), [*((method, n) for method in METHODS for n in (0, 1)),
-                                           ("ScoreCAM", 2), ("AblationCAM", 2), ("AblationCAM", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "n"),
+    [*((method, n) for method in METHODS for n in (0, 1)), ("ScoreCAM", 2), ("AblationCAM", 2), ("AblationCAM", 3)],
+)
 def test_leaves_all_as_it_was_after_an_error(messy, x, method, n, monkeypatch):
     """The forward pass breaks off after `n` good ones: the first finds the sizes, the second gives the activations."""
     before, calls = state(messy), []
@@ -385,8 +401,15 @@ def test_an_error_in_the_method_itself(messy, x, monkeypatch):
     assert same(before, state(messy))
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
-                                    lambda: torch.set_grad_enabled(False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.set_grad_enabled(False),
+    ],
+)
 @pytest.mark.parametrize("method", ["GradCAM", "EigenCAM", "ScoreCAM", "AblationCAM"])
 def test_whatever_is_around(net, x, around, method):
     expected = gradcam(net, x, 0, method=method)

@@ -101,10 +101,13 @@ def test_predictions_of_another_split_are_refused(learn):
 
 def test_without_errors(learn):
     preds = predict(learn)
-    right = Predictions(np.eye(3, dtype=np.float32)[preds.targets], preds.targets, preds.losses, preds.indices,
-                        preds.classes)  # fmt: skip
-    for figure, words in ((learn.plot_misclassified(preds=right), "no misclassified images"),
-                          (learn.plot_gradcam(preds=right), "no images to explain")):  # fmt: skip
+    right = Predictions(
+        np.eye(3, dtype=np.float32)[preds.targets], preds.targets, preds.losses, preds.indices, preds.classes
+    )
+    for figure, words in (
+        (learn.plot_misclassified(preds=right), "no misclassified images"),
+        (learn.plot_gradcam(preds=right), "no images to explain"),
+    ):
         assert not figure.axes and words in [text.get_text() for text in figure.texts]
 
 
@@ -140,10 +143,12 @@ def test_a_notebook_shows_each_figure_once_and_fine():
 
 
 def test_errors_are_plain(learn):
-    for call, said in ((lambda: learn.plot_misclassified(0), "n 0: give how many"),
-                       (lambda: learn.plot_gradcam(-1), "n -1"),
-                       (lambda: learn.plot_gradcam(layer="7"), "layer 7: no such layer"),
-                       (lambda: learn.plot_gradcam(target="truth"), "target truth: no such class"),
-                       (lambda: learn.plot_gradcam(method="Grad-CAM"), "did you mean GradCAM")):  # fmt: skip
+    for call, said in (
+        (lambda: learn.plot_misclassified(0), "n 0: give how many"),
+        (lambda: learn.plot_gradcam(-1), "n -1"),
+        (lambda: learn.plot_gradcam(layer="7"), "layer 7: no such layer"),
+        (lambda: learn.plot_gradcam(target="truth"), "target truth: no such class"),
+        (lambda: learn.plot_gradcam(method="Grad-CAM"), "did you mean GradCAM"),
+    ):
         with pytest.raises(InputError, match=said):
             call()

@@ -158,21 +158,25 @@ def test_csv_and_back(learn, tmp_path):
 
 def test_csv_with_awkward_names(tmp_path):
     names = ('a, "b"', "ünï\nline")
-    preds = Predictions(np.eye(2, dtype=np.float32), np.array([1, 0]), np.array([np.nan, 1e-9], np.float32),
-                        np.arange(2), names)  # fmt: skip
+    preds = Predictions(
+        np.eye(2, dtype=np.float32), np.array([1, 0]), np.array([np.nan, 1e-9], np.float32), np.arange(2), names
+    )
     preds.to_csv(tmp_path / "p.csv")
     again = Predictions.from_csv(tmp_path / "p.csv", names)
     assert again.predicted.tolist() == [0, 1] and np.isnan(again.losses[0]) and again.losses[1] == np.float32(1e-9)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("", "is no table"),
-    ("index,target,predicted,confidence,loss\n", "is no table"),
-    ("a,b\n1,2\n", "its columns must be index, target"),
-    ("index,target,predicted,confidence,loss\n0,cat,dog,high,1\n", "line 2"),
-    ("index,target,predicted,confidence,loss\n0,cat,cat,1,1\n1,cat,cat,1\n", "line 3"),
-    ("index,target,predicted,confidence,loss\n0,cat,cow,1,1\n", "line 2: 'cow' is no class"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is no table"),
+        ("index,target,predicted,confidence,loss\n", "is no table"),
+        ("a,b\n1,2\n", "its columns must be index, target"),
+        ("index,target,predicted,confidence,loss\n0,cat,dog,high,1\n", "line 2"),
+        ("index,target,predicted,confidence,loss\n0,cat,cat,1,1\n1,cat,cat,1\n", "line 3"),
+        ("index,target,predicted,confidence,loss\n0,cat,cow,1,1\n", "line 2: 'cow' is no class"),
+    ],
+)
 def test_broken_csv(tmp_path, text, said):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(InputError, match=said) as e:
@@ -290,8 +294,13 @@ def test_what_is_no_image(learn, tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
-    for name, said in (("text.png", "is no image"), ("empty.jpg", "is no image"), ("half.png", "is a broken image"),
-                       ("none.png", "no such file"), ("", "is a folder")):  # fmt: skip
+    for name, said in (
+        ("text.png", "is no image"),
+        ("empty.jpg", "is no image"),
+        ("half.png", "is a broken image"),
+        ("none.png", "no such file"),
+        ("", "is a folder"),
+    ):
         with pytest.raises(InputError, match=said) as e:
             predict_files(learn, [tmp_path / "whole.png", tmp_path / name])
         assert str(tmp_path / name) in str(e.value) and "\n" not in str(e.value)

@@ -24,8 +24,10 @@ def on_paper(factory, *args):
 def output_shapes(model, x):
     """{child: shape of its output} in forward order."""
     shapes = {}
-    hooks = [child.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)}))
-             for name, child in model.named_children()]  # fmt: skip
+    hooks = [
+        child.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)}))
+        for name, child in model.named_children()
+    ]
     shapes["logits"] = tuple(model(x).shape)
     for hook in hooks:
         hook.remove()
@@ -62,14 +64,29 @@ def test_stages_of_resnet34():
 @pytest.mark.parametrize("factory", [resnet18, resnet34])
 def test_shapes_of_resnet(factory):
     shapes = output_shapes(on_paper(factory), torch.empty(2, 3, 32, 32, device="meta"))
-    assert shapes == dict(conv1=(2, 64, 32, 32), bn1=(2, 64, 32, 32), layer1=(2, 64, 32, 32), layer2=(2, 128, 16, 16),
-                          layer3=(2, 256, 8, 8), layer4=(2, 512, 4, 4), linear=(2, 10), logits=(2, 10))  # fmt: skip
+    assert shapes == dict(
+        conv1=(2, 64, 32, 32),
+        bn1=(2, 64, 32, 32),
+        layer1=(2, 64, 32, 32),
+        layer2=(2, 128, 16, 16),
+        layer3=(2, 256, 8, 8),
+        layer4=(2, 512, 4, 4),
+        linear=(2, 10),
+        logits=(2, 10),
+    )
 
 
 def test_shapes_of_custom_resnet():
     shapes = output_shapes(on_paper(custom_resnet), torch.empty(2, 3, 32, 32, device="meta"))
-    assert shapes == dict(prep=(2, 64, 32, 32), layer1=(2, 128, 16, 16), layer2=(2, 256, 8, 8), layer3=(2, 512, 4, 4),
-                          pool=(2, 512, 1, 1), linear=(2, 10), logits=(2, 10))  # fmt: skip
+    assert shapes == dict(
+        prep=(2, 64, 32, 32),
+        layer1=(2, 128, 16, 16),
+        layer2=(2, 256, 8, 8),
+        layer3=(2, 512, 4, 4),
+        pool=(2, 512, 1, 1),
+        linear=(2, 10),
+        logits=(2, 10),
+    )
 
 
 def test_names_find_their_network():

@@ -25,7 +25,7 @@ from cifar_fastai.evaluation.predictions import predict
 from cifar_fastai.report.page import LIMIT, Tiles, write_report
 from cifar_fastai.runs.results import error_tiles
 
-HOSTILE = ("<script>alert(1)</script>", "\"'&</script><!--", "x\" onload=\"alert(1)")
+HOSTILE = ("<script>alert(1)</script>", "\"'&</script><!--", 'x" onload="alert(1)')
 
 
 def make_run(folder, classes=("red", "green", "blue"), n=60, wrong=0.3, epochs=3, cams=True, seed=0, **metrics):
@@ -50,23 +50,59 @@ def make_run(folder, classes=("red", "green", "blue"), n=60, wrong=0.3, epochs=3
         for k in range(epochs):
             writer.writerow([k + 1, 2 / (k + 1), 1 - 0.7 / (k + 1), 1.8 / (k + 1), 1 - 0.6 / (k + 1), 0.01, 900.5, 1.2])
     accuracy = float((true == predicted).mean())
-    write_json(folder / "metrics.json", {
-        "dataset": "made-up", "model": "resnet18", "parameters": 11173962, "epochs": 3, "seed": 42, "device": "cpu",
-        "precision": "fp32", "eval_split": "test", "train_accuracy": 0.7667, "valid_accuracy": accuracy,
-        "valid_loss": 0.61234, "test_accuracy": accuracy, "tta_accuracy": accuracy + 0.01, "tta_shift_accuracy": None,
-        "class_accuracy": dict.fromkeys(classes), "images_per_second": 901.2, "seconds": 75.3, **metrics})  # fmt: skip
+    write_json(
+        folder / "metrics.json",
+        {
+            "dataset": "made-up",
+            "model": "resnet18",
+            "parameters": 11173962,
+            "epochs": 3,
+            "seed": 42,
+            "device": "cpu",
+            "precision": "fp32",
+            "eval_split": "test",
+            "train_accuracy": 0.7667,
+            "valid_accuracy": accuracy,
+            "valid_loss": 0.61234,
+            "test_accuracy": accuracy,
+            "tta_accuracy": accuracy + 0.01,
+            "tta_shift_accuracy": None,
+            "class_accuracy": dict.fromkeys(classes),
+            "images_per_second": 901.2,
+            "seconds": 75.3,
+            **metrics,
+        },
+    )
     given = {"epochs": 3, "data": "/some where/it's", "label_smoothing": 0.1, "no_test": True, "out": "runs/x"}
-    write_json(folder / "config.json", {
-        "recipe": "resnet18", "given": given, "parameters": {**BASE, **given}, "data_fingerprint": "f00d",
-        "classes": classes, "hardware": "a processor", "versions": {"python": "3.12", "torch": "2.9"}})  # fmt: skip
+    write_json(
+        folder / "config.json",
+        {
+            "recipe": "resnet18",
+            "given": given,
+            "parameters": {**BASE, **given},
+            "data_fingerprint": "f00d",
+            "classes": classes,
+            "hardware": "a processor",
+            "versions": {"python": "3.12", "torch": "2.9"},
+        },
+    )
     (folder / "summary.txt").write_text("conv1  64 x 32 x 32  1,728\n", encoding="utf-8")
     errors = np.flatnonzero(true != predicted)
     k = len(errors)
     images = np.kron(rng.integers(0, 256, (k, 8, 8, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
     maps = np.kron(rng.random((2, k, 4, 4)), np.ones((8, 8))).astype(np.float32) if cams else (None, None)
     faint = np.arange(k) == 0
-    return Tiles(images, errors, names[true[errors]], names[predicted[errors]], confidence[errors], losses[errors],
-                 *maps, *((faint, ~faint) if cams else (None, None)), caption="GradCAM of layer3, 8 x 8")  # fmt: skip
+    return Tiles(
+        images,
+        errors,
+        names[true[errors]],
+        names[predicted[errors]],
+        confidence[errors],
+        losses[errors],
+        *maps,
+        *((faint, ~faint) if cams else (None, None)),
+        caption="GradCAM of layer3, 8 x 8",
+    )
 
 
 def write_json(path, value):
@@ -105,8 +141,11 @@ class Page(HTMLParser):
                 self.metrics[name] = data
 
     def all(self, tag, **wanted):
-        return [attrs for name, attrs in self.elements
-                if name == tag and all(attrs.get(key.replace("_", "-")) == value for key, value in wanted.items())]
+        return [
+            attrs
+            for name, attrs in self.elements
+            if name == tag and all(attrs.get(key.replace("_", "-")) == value for key, value in wanted.items())
+        ]
 
     @property
     def tiles(self):
@@ -202,8 +241,9 @@ def test_each_view_holds_the_heatmap_of_its_class(tmp_path):
     tiles = make_run(tmp_path, n=400)
     page = Page(write_report(tmp_path, tiles))
     css = re.findall(r"\.s(\d+) \.([pt])::after\{background-image:url\(data:image/jpeg;base64,([^)]*)\)", page.source)
-    sheets = {(number, view): np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), int)
-              for number, view, data in css}  # fmt: skip
+    sheets = {
+        (number, view): np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), int) for number, view, data in css
+    }
     maps = {"p": tiles.cam_predicted, "t": tiles.cam_true}
     at = {str(index): k for k, index in enumerate(tiles.indices)}
     for tile in page.tiles:
@@ -251,8 +291,17 @@ def test_methods_without_a_class_and_methods_that_take_days(tiny_images, tiny_mo
 
 def test_command_repeats_the_run(run):
     words = shlex.split(re.search(r"python recipes/.*?(?= Copy)", run[1].text)[0])
-    assert words == ["python", "recipes/resnet18.py", "--epochs", "3", "--data", "/some where/it's",
-                     "--label-smoothing", "0.1", "--no-test"]  # fmt: skip
+    assert words == [
+        "python",
+        "recipes/resnet18.py",
+        "--epochs",
+        "3",
+        "--data",
+        "/some where/it's",
+        "--label-smoothing",
+        "0.1",
+        "--no-test",
+    ]
 
 
 def test_page_asks_for_nothing_and_runs_only_its_own_script(run):

@@ -37,10 +37,16 @@ class Chromium:
         os.close(their_in), os.close(their_out)
         log = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         self.pid = os.posix_spawn(
-            BROWSER, [BROWSER, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"], os.environ,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, log, 0o600),
-                          (os.POSIX_SPAWN_OPEN, 2, f"{profile}.log", log, 0o600),
-                          (os.POSIX_SPAWN_DUP2, theirs[0], 3), (os.POSIX_SPAWN_DUP2, theirs[1], 4)])  # fmt: skip
+            BROWSER,
+            [BROWSER, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, log, 0o600),
+                (os.POSIX_SPAWN_OPEN, 2, f"{profile}.log", log, 0o600),
+                (os.POSIX_SPAWN_DUP2, theirs[0], 3),
+                (os.POSIX_SPAWN_DUP2, theirs[1], 4),
+            ],
+        )
         for fd in theirs:
             os.close(fd)
         self.buffer, self.number, self.session, self.events, self.problems = b"", 0, None, [], []
@@ -101,11 +107,16 @@ class Chromium:
 
     def open(self, path, width=1280, height=900, dark=False, script=True):
         """Load a file and wait for it."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 600)  # fmt: skip
-        self.send("Emulation.setEmulatedMedia",
-                  features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
-                            {"name": "prefers-reduced-motion", "value": "reduce"}])  # fmt: skip
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[
+                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ],
+        )
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
         self.events.clear(), self.problems.clear()
         self.send("Page.navigate", url=path.resolve().as_uri())
@@ -140,8 +151,13 @@ class Chromium:
         text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
         virtual = code.get(key) or ord(key.upper())
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=virtual,
-                      **(text if kind == "keyDown" else {}))  # fmt: skip
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                windowsVirtualKeyCode=virtual,
+                **(text if kind == "keyDown" else {}),
+            )
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +204,9 @@ def errors(folder):
 
 def test_numbers(page, folder):
     metrics = json.loads((folder / "metrics.json").read_text())
-    text = page.run("Object.fromEntries([...document.querySelectorAll('[data-metric]')]"
-                    ".map(e => [e.dataset.metric, e.innerText]))")  # fmt: skip
+    text = page.run(
+        "Object.fromEntries([...document.querySelectorAll('[data-metric]')].map(e => [e.dataset.metric, e.innerText]))"
+    )
     assert text["test_accuracy"] == f"{100 * metrics['test_accuracy']:.2f} %"
     assert text["tta_accuracy"] == f"{100 * metrics['tta_accuracy']:.2f} %"
     assert text["parameters"] == f"{metrics['parameters']:,}"
@@ -218,8 +235,9 @@ def test_cells_classes_and_all_errors(page, folder):
     assert shown(page) == len(rows)
 
 
-@pytest.mark.parametrize("choice, key", [("-l", "loss"), ("l", "loss"), ("-c", "confidence"), ("c", "confidence"),
-                                         ("i", "index")])  # fmt: skip
+@pytest.mark.parametrize(
+    "choice, key", [("-l", "loss"), ("l", "loss"), ("-c", "confidence"), ("c", "confidence"), ("i", "index")]
+)
 def test_sorting(page, folder, choice, key):
     page.run(f"(e => {{ e.value = '{choice}'; e.dispatchEvent(new Event('change')); }})(document.all.sort)")
     rows = sorted(errors(folder), key=lambda row: float(row[key]), reverse=choice.startswith("-"))
@@ -272,8 +290,10 @@ def test_keyboard_alone(page, folder):
     """Tab reaches the table and the gallery, arrows move in them, keys choose and switch; focus can be seen."""
 
     def focus():
-        return page.run("(e => [e.closest('#matrix, #tiles')?.id, e.dataset.t, e.dataset.p, "
-                        "e.closest('li')?.dataset.i, getComputedStyle(e).outlineStyle])(document.activeElement)")
+        return page.run(
+            "(e => [e.closest('#matrix, #tiles')?.id, e.dataset.t, e.dataset.p, "
+            "e.closest('li')?.dataset.i, getComputedStyle(e).outlineStyle])(document.activeElement)"
+        )
 
     def tab_to(name):
         for _ in range(40):

@@ -38,8 +38,9 @@ def test_the_table_is_that_of_predictions_csv(run, capsys):
     rows = Predictions.from_csv(run / "predictions.csv")
     said = capsys.readouterr().out
     assert f"{len(rows.errors)} of 18 test images" in said and len(rows.errors) >= 5
-    assert listed(said) == [(rows.indices[k], rows.classes[rows.targets[k]], rows.classes[rows.predicted[k]])
-                            for k in rows.misclassified(5)]  # fmt: skip
+    assert listed(said) == [
+        (rows.indices[k], rows.classes[rows.targets[k]], rows.classes[rows.predicted[k]]) for k in rows.misclassified(5)
+    ]
     assert picture == run / "explain.png" and Image.open(picture).width > 300
 
 

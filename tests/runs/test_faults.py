@@ -60,11 +60,21 @@ def resumed(recipes, out, whole):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where, epoch, name, code", [
-    ("step 8", 1, "INT", 130), ("step 8", 1, "TERM", 143), ("validate 2", 1, "TERM", 143), ("history 2", 2, "INT", 130),
-    ("checkpoint 2", 2, "TERM", 143), ("writing 2", 2, "INT", 130), ("writing 3", 3, "TERM", 143),
-    ("results 1", 3, "TERM", 143), ("export 1", 3, "INT", 130), ("metrics 1", 3, "TERM", 143),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, epoch, name, code",
+    [
+        ("step 8", 1, "INT", 130),
+        ("step 8", 1, "TERM", 143),
+        ("validate 2", 1, "TERM", 143),
+        ("history 2", 2, "INT", 130),
+        ("checkpoint 2", 2, "TERM", 143),
+        ("writing 2", 2, "INT", 130),
+        ("writing 3", 3, "TERM", 143),
+        ("results 1", 3, "TERM", 143),
+        ("export 1", 3, "INT", 130),
+        ("metrics 1", 3, "TERM", 143),
+    ],
+)
 def test_a_signal_ends_the_step_and_tells_how_to_go_on(recipes, whole, tiny_folder, tmp_path, where, epoch, name, code):
     out = tmp_path / "run"
     process = recipes.run(arguments(tiny_folder, out), tmp_path, TINY_AT=f"{where} {name}", TINY_QUICK=1)
@@ -144,8 +154,13 @@ def test_signals_at_random_moments(recipes, whole, tiny_folder, tmp_path, name, 
 def test_a_recipe_as_a_user_starts_it(tiny_folder, tmp_path):
     """`python recipes/resnet18.py`, ended by Ctrl-C before its first epoch is over."""
     recipe = Path(__file__).parents[2] / "recipes" / "resnet18.py"
-    process = subprocess.Popen([sys.executable, recipe, "--data", "digits", "--epochs", "50"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, recipe, "--data", "digits", "--epochs", "50"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -167,8 +182,14 @@ def disk(tmp_path):
     subprocess.run(["umount", path], check=True)
 
 
-WRITES = {"history 2": "history.csv", "checkpoint 2": "checkpoint.pth", "results 1": "predictions.csv",
-          "export 1": "learner.pkl", "metrics 1": "metrics.json", "tensorboard 2": ""}  # fmt: skip
+WRITES = {
+    "history 2": "history.csv",
+    "checkpoint 2": "checkpoint.pth",
+    "results 1": "predictions.csv",
+    "export 1": "learner.pkl",
+    "metrics 1": "metrics.json",
+    "tensorboard 2": "",
+}
 
 
 @pytest.mark.parametrize("where", WRITES)
@@ -191,8 +212,10 @@ def test_a_disk_that_becomes_read_only(recipes, whole, tiny_folder, disk, where)
     process = recipes.run(arguments(tiny_folder, out, *more), disk, **env)
     assert process.code == 1 and one_line(process).startswith(f"error: {out}/")
     assert one_line(process).endswith(f"Read-only file system; go on with: {going_on(out)}")
-    for new, why in ((disk / "new", "cannot be made (Read-only file system)"),
-                     (disk, "cannot be written to; give another folder")):  # fmt: skip
+    for new, why in (
+        (disk / "new", "cannot be made (Read-only file system)"),
+        (disk, "cannot be written to; give another folder"),
+    ):
         refused = recipes.run(arguments(tiny_folder, new), disk)
         assert refused.code == 2 and one_line(refused) == f"error: --out {new}: {why}"
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
@@ -307,14 +330,24 @@ def test_a_run_that_diverges(recipes, tiny_folder, tmp_path):
     assert re.fullmatch(line, one_line(process))
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)"), MemoryError("Unable to allocate 2.00 GiB"),
-])  # fmt: skip
-@pytest.mark.parametrize("limit, hint", [
-    (2, "try --bs 2, which fits"), (0, "not even one image fits, try --device cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)"),
+        MemoryError("Unable to allocate 2.00 GiB"),
+    ],
+)
+@pytest.mark.parametrize(
+    "limit, hint",
+    [
+        (2, "try --bs 2, which fits"),
+        (0, "not even one image fits, try --device cpu"),
+    ],
+)
 def test_out_of_memory_says_what_fits(tiny, tmp_path, monkeypatch, capsys, error, limit, hint):
     def act(out):
         if len(out) > limit:

@@ -44,8 +44,9 @@ def drawn(monkeypatch):
     calls = {}
     for name in ("draw_curves", "draw_schedule", "draw_class_accuracy", "draw_augmentations"):
         draw = getattr(interpret, name)
-        monkeypatch.setattr(interpret, name, lambda *args, _name=name, _draw=draw: calls.update({_name: args})
-                            or _draw(*args))  # fmt: skip
+        monkeypatch.setattr(
+            interpret, name, lambda *args, _name=name, _draw=draw: calls.update({_name: args}) or _draw(*args)
+        )
     return calls
 
 
@@ -105,10 +106,24 @@ def test_a_run_is_written_and_loaded(learn, tiny_images, tmp_path, capsys):
     names = "config.json history.csv metrics.json predictions.csv model.pth learner.pkl summary.txt curves.png"
     assert all((tmp_path / "run" / name).stat().st_size for name in names.split())
     assert read_history(tmp_path / "run" / "history.csv") == learn.history.rows
-    assert read_config(tmp_path / "run")["parameters"].items() >= dict(
-        model="resnet18", epochs=2, bs=8, lr=0.1, div=10, pct_start=0.4, sched="one-cycle", padding=2, cutout=8,
-        pad_mode="reflect", label_smoothing=0.1, seed=None, data="made up",
-    ).items()  # fmt: skip
+    assert (
+        read_config(tmp_path / "run")["parameters"].items()
+        >= dict(
+            model="resnet18",
+            epochs=2,
+            bs=8,
+            lr=0.1,
+            div=10,
+            pct_start=0.4,
+            sched="one-cycle",
+            padding=2,
+            cutout=8,
+            pad_mode="reflect",
+            label_smoothing=0.1,
+            seed=None,
+            data="made up",
+        ).items()
+    )
 
     assert read_config(tmp_path / "run")["lr_find"] == found.suggestions
     assert (tmp_path / "run" / "lr_find.png").stat().st_size > 10_000

@@ -87,9 +87,18 @@ def _result(seed, accuracy, epochs=20):
     given = {"data": "cifar10", "seed": seed, "valid_pct": 0.1, "no_test": True}
     parameters = vars(resolve(recipe_page("resnet18")["RECIPE"], given))
     config = {"recipe": "resnet18", "given": given, "parameters": parameters, "train_images": 45_000}
-    metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, test_accuracy=accuracy,
-                   tta_accuracy=(accuracy or 0) + 0.01, tta_shift_accuracy=None, seconds=90.0, hardware="a GPU",
-                   precision="bf16")  # fmt: skip
+    metrics = dict(
+        dataset="CIFAR-10",
+        model="resnet18",
+        epochs=epochs,
+        seed=seed,
+        test_accuracy=accuracy,
+        tta_accuracy=(accuracy or 0) + 0.01,
+        tta_shift_accuracy=None,
+        seconds=90.0,
+        hardware="a GPU",
+        precision="bf16",
+    )
     return Kept(config, metrics, Path("results"))
 
 
@@ -103,9 +112,12 @@ def test_the_table_has_mean_and_deviation_over_seeds():
 def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    config = {"recipe": "resnet18", "given": {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run"},
-              "parameters": {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run", "resume": None},
-              "data_source": "/home/ann/cifar10.tgz"}  # fmt: skip
+    config = {
+        "recipe": "resnet18",
+        "given": {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run"},
+        "parameters": {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run", "resume": None},
+        "data_source": "/home/ann/cifar10.tgz",
+    }
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="only a finished run"):
         keep_result(run, tmp_path / "results")

@@ -44,26 +44,39 @@ def assert_same_run(one, other):
 
 
 VARIANTS = {
-    "one cycle": {}, "linear": dict(anneal="linear", peak_epoch=1.5), "cycled momentum": dict(mom_min=0.85),
-    "flat-cos": dict(sched="flat-cos", pct_start=0.5), "step": dict(sched="step", step_size=1, gamma=0.5),
+    "one cycle": {},
+    "linear": dict(anneal="linear", peak_epoch=1.5),
+    "cycled momentum": dict(mom_min=0.85),
+    "flat-cos": dict(sched="flat-cos", pct_start=0.5),
+    "step": dict(sched="step", step_size=1, gamma=0.5),
     "plateau": dict(sched="plateau", plateau_patience=0, gamma=0.5, valid_pct=0.25, epochs=5),
-    "constant": dict(sched="none"), "lr find": dict(lr="find", lr_suggest="steep"),
-    "mixup": dict(mixup=0.4), "cutmix": dict(cutmix=1.0), "ema": dict(ema=0.9), "ema, mixup": dict(ema=0.9, mixup=0.2),
+    "constant": dict(sched="none"),
+    "lr find": dict(lr="find", lr_suggest="steep"),
+    "mixup": dict(mixup=0.4),
+    "cutmix": dict(cutmix=1.0),
+    "ema": dict(ema=0.9),
+    "ema, mixup": dict(ema=0.9, mixup=0.2),
     "save best": dict(valid_pct=0.25, save_best=True, epochs=4),
     "patience": dict(valid_pct=0.25, save_best=True, patience=1, epochs=8, sched="none"),
-    "penalties": dict(l1=1e-4, clip=0.5, label_smoothing=0.1), "clip value": dict(clip_value=0.01),
+    "penalties": dict(l1=1e-4, clip=0.5, label_smoothing=0.1),
+    "clip value": dict(clip_value=0.01),
     "all augmentations": dict(max_holes=3, cutout_p=0.5, rotate=15.0, vflip=0.5, pad_mode="reflect"),
-    "alternating flip": dict(flip_by="epoch"), "subset": dict(subset=40, wd_bn_bias="yes"),
-    "bf16": dict(precision="bf16"), "tensorboard": dict(tensorboard=True),
-}  # fmt: skip
-VARIANTS |= {opt: dict(opt=opt, lr=0.01)
-             for opt in ("muon", "adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")}  # fmt: skip
+    "alternating flip": dict(flip_by="epoch"),
+    "subset": dict(subset=40, wd_bn_bias="yes"),
+    "bf16": dict(precision="bf16"),
+    "tensorboard": dict(tensorboard=True),
+}
+VARIANTS |= {
+    opt: dict(opt=opt, lr=0.01)
+    for opt in ("muon", "adam", "adamw", "rmsprop", "radam", "qhadam", "larc", "lamb", "ranger")
+}
 SLOW = {"linear", "constant", "penalties", "clip value", "subset", "adamw", "rmsprop", "radam", "qhadam", "larc"}
 
 
-@pytest.mark.parametrize("given", [
-    pytest.param(given, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, given in VARIANTS.items()
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(given, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, given in VARIANTS.items()],
+)
 def test_stopped_within_an_epoch_and_before_the_results(tiny, tmp_path, given):
     whole = tiny.train(tmp_path / "whole", **given)
     out = tmp_path / "parts"
@@ -107,14 +120,22 @@ def refusal(tiny, folder, **given):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("given, difference", [
-    (dict(lr="0.2"), "--lr 0.2: this run has lr 0.15"), (dict(lr="find"), "--lr find: this run has lr 0.15"),
-    (dict(epochs=30), "--epochs 30: this run has epochs 3"), (dict(cutout=0), "--cutout 0: this run has cutout 8"),
-    (dict(seed=1), "--seed 1: this run has seed 0"), (dict(valid_pct=0.1), "--valid-pct 0.1: this run has valid-pct "),
-    (dict(no_test=True), "--no-test True: this run has no-test False"), (dict(out="elsewhere"), "--out elsewhere: "),
-    (dict(data="digits"), "--data digits: this run has data /"), (dict(precision="bf16"), "--precision bf16: this"),
-    (dict(preset="amitkml"), "--preset amitkml: this run has preset None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, difference",
+    [
+        (dict(lr="0.2"), "--lr 0.2: this run has lr 0.15"),
+        (dict(lr="find"), "--lr find: this run has lr 0.15"),
+        (dict(epochs=30), "--epochs 30: this run has epochs 3"),
+        (dict(cutout=0), "--cutout 0: this run has cutout 8"),
+        (dict(seed=1), "--seed 1: this run has seed 0"),
+        (dict(valid_pct=0.1), "--valid-pct 0.1: this run has valid-pct "),
+        (dict(no_test=True), "--no-test True: this run has no-test False"),
+        (dict(out="elsewhere"), "--out elsewhere: "),
+        (dict(data="digits"), "--data digits: this run has data /"),
+        (dict(precision="bf16"), "--precision bf16: this"),
+        (dict(preset="amitkml"), "--preset amitkml: this run has preset None"),
+    ],
+)
 def test_a_parameter_that_differs_is_refused(tiny, stopped, given, difference):
     message = refusal(tiny, stopped, **given)
     assert message.startswith(difference) and message.endswith("beside --resume only --device may be given")
@@ -215,8 +236,11 @@ def test_tensorboard_counts_on(tiny, tmp_path):
 
     def scalars(folder):
         events = EventAccumulator(str(folder / "tensorboard")).Reload()
-        return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-                if not tag.endswith(("images_per_second", "seconds"))}  # fmt: skip
+        return {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if not tag.endswith(("images_per_second", "seconds"))
+        }
 
     for n, given in enumerate((dict(epochs=3), dict(epochs=4, bs=48))):  # 6 steps an epoch, and a single one
         whole, parts = tmp_path / f"whole{n}", tmp_path / f"parts{n}"
@@ -269,12 +293,19 @@ def assert_same_folders(one, other):
 
 
 KILLED_AT = {
-    "the first step of an epoch": "step 7", "within an epoch": "step 9", "its last step": "step 12",
-    "evaluation": "validate 2", "before the history": "history 2", "between history and checkpoint": "checkpoint 2",
-    "while the checkpoint is written": "writing 2", "while the last checkpoint is written": "writing 3",
-    "between the last epoch and the results": "results 1", "while the learner is exported": "export 1",
-    "while the numbers are written": "metrics 1", "before the page": "report 1",
-}  # fmt: skip
+    "the first step of an epoch": "step 7",
+    "within an epoch": "step 9",
+    "its last step": "step 12",
+    "evaluation": "validate 2",
+    "before the history": "history 2",
+    "between history and checkpoint": "checkpoint 2",
+    "while the checkpoint is written": "writing 2",
+    "while the last checkpoint is written": "writing 3",
+    "between the last epoch and the results": "results 1",
+    "while the learner is exported": "export 1",
+    "while the numbers are written": "metrics 1",
+    "before the page": "report 1",
+}
 
 
 @pytest.mark.parametrize("where", KILLED_AT.values(), ids=KILLED_AT)
@@ -299,7 +330,9 @@ def test_latest_and_refusals_on_the_command_line(recipes, tiny_folder, tmp_path)
     args = arguments(tiny_folder, "runs/one")
     assert run(*args, TINY_AT="step 8 KILL")[0] == -signal.SIGKILL
     assert run("--resume", "latest", "--lr", 0.2) == (
-        2, "error: --lr 0.2: this run has lr 0.15; beside --resume only --device may be given")  # fmt: skip
+        2,
+        "error: --lr 0.2: this run has lr 0.15; beside --resume only --device may be given",
+    )
     assert run(*args) == (2, "error: --out runs/one: holds a run already; give another folder, or --resume runs/one")
     assert run("--resume", "latest", "--device", "cpu", "--lr", "0.150") == (0, "")
     assert run("--resume", "latest") == (2, "error: --resume latest: no interrupted run under runs")
@@ -322,12 +355,13 @@ def test_killed_among_the_pictures(recipes, whole, tiny_folder, tmp_path, where)
 
 
 PROPERTY = {
-    "as it is": (), "mixup, ema, step": ("--mixup", 0.4, "--ema", 0.9, "--sched", "step", "--step-size", 1),
+    "as it is": (),
+    "mixup, ema, step": ("--mixup", 0.4, "--ema", 0.9, "--sched", "step", "--step-size", 1),
     "cutmix, flat-cos, tensorboard": ("--cutmix", 1, "--sched", "flat-cos", "--tensorboard"),
     "plateau, save best": ("--valid-pct", 0.25, "--sched", "plateau", "--plateau-patience", 0, "--save-best"),
     "lr find, adam, linear": ("--lr", "find", "--opt", "adam", "--anneal", "linear", "--bs", 4),
     "patience, ema": ("--valid-pct", 0.25, "--patience", 4, "--save-best", "--ema", 0.9),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

@@ -48,10 +48,16 @@ def test_settings_times_seeds_on_a_split_of_train(trials, tmp_path):
     assert len(trials) == 3, "those that were written are not run again"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "no settings"), ("--lrr 1", "--lrr is not for"), ("--epochs x", "not flags of resnet18.py"),
-    ("--seed 1", "--seed is not for"), ("--no-test", "--no-test is not for"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no settings"),
+        ("--lrr 1", "--lrr is not for"),
+        ("--epochs x", "not flags of resnet18.py"),
+        ("--seed 1", "--seed is not for"),
+        ("--no-test", "--no-test is not for"),
+    ],
+)
 def test_lines_that_are_no_settings(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(InputError, match=message):

@@ -14,10 +14,23 @@ from cifar_fastai.runs.folder import load_run
 from cifar_fastai.runs.train import find_lr
 
 FILES = {
-    "augmentations.png", "class_accuracy.png", "config.json", "confusion_matrix.png", "curves.png", "gradcam.png",
-    "history.csv", "learner.pkl", "metrics.json", "misclassified.png", "model.pth", "predictions.csv", "report.html",
-    "schedule.png", "summary.txt", "top_losses.png",
-}  # fmt: skip
+    "augmentations.png",
+    "class_accuracy.png",
+    "config.json",
+    "confusion_matrix.png",
+    "curves.png",
+    "gradcam.png",
+    "history.csv",
+    "learner.pkl",
+    "metrics.json",
+    "misclassified.png",
+    "model.pth",
+    "predictions.csv",
+    "report.html",
+    "schedule.png",
+    "summary.txt",
+    "top_losses.png",
+}
 
 
 @pytest.mark.slow
@@ -89,11 +102,16 @@ def test_a_run_of_a_gpu_is_loaded_on_a_cpu(finished):
     assert learn.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(parameters=None), "not a run's configuration"), (dict(data_fingerprint="0"), "not the images this run was"),
-    (dict(parameters=dict(model="resnet")), "--model resnet"), (dict(parameters=dict(bs="many")), "--bs 'many'"),
-    (dict(parameters=dict(data="/nowhere")), "/nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(parameters=None), "not a run's configuration"),
+        (dict(data_fingerprint="0"), "not the images this run was"),
+        (dict(parameters=dict(model="resnet")), "--model resnet"),
+        (dict(parameters=dict(bs="many")), "--bs 'many'"),
+        (dict(parameters=dict(data="/nowhere")), "/nowhere"),
+    ],
+)
 def test_a_configuration_that_is_not_a_runs(finished, changes, message):
     change(finished, **changes)
     with pytest.raises(InputError, match=message):
@@ -123,11 +141,17 @@ def test_find_lr_draws_and_prints(tiny, tiny_folder, tmp_path, capsys):
     assert len(found.lrs) == len(found.losses) <= 30
 
 
-@pytest.mark.parametrize("given, numbers, message", [
-    (dict(resume="latest"), {}, "--resume: "), (dict(out="a.jpg"), {}, "--out a.jpg: "),
-    (dict(out="nowhere/a.png"), {}, "--out nowhere/a.png: "), ({}, dict(start_lr=1.0, end_lr=0.1), "--start-lr 1, "),
-    ({}, dict(start_lr=float("nan")), "--start-lr nan"), ({}, dict(num_it=19), "--num-it 19: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, numbers, message",
+    [
+        (dict(resume="latest"), {}, "--resume: "),
+        (dict(out="a.jpg"), {}, "--out a.jpg: "),
+        (dict(out="nowhere/a.png"), {}, "--out nowhere/a.png: "),
+        ({}, dict(start_lr=1.0, end_lr=0.1), "--start-lr 1, "),
+        ({}, dict(start_lr=float("nan")), "--start-lr nan"),
+        ({}, dict(num_it=19), "--num-it 19: "),
+    ],
+)
 def test_find_lr_refuses(tmp_path, monkeypatch, given, numbers, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"^{message}"):

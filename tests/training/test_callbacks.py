@@ -131,8 +131,12 @@ def averages(start, weights, decay):
     average, out = {name: value.double() for name, value in start.items()}, []
     for n, raw in enumerate(weights):
         d = min(decay, (1 + n) / (10 + n))
-        average = {name: d * average[name] + (1 - d) * raw[name].double() if raw[name].is_floating_point()
-                   else raw[name].double() for name in raw}  # fmt: skip
+        average = {
+            name: d * average[name] + (1 - d) * raw[name].double()
+            if raw[name].is_floating_point()
+            else raw[name].double()
+            for name in raw
+        }
         out.append({name: value.to(start[name].dtype) for name, value in average.items()})
     return out
 

@@ -29,8 +29,12 @@ from cifar_fastai.training.checkpoint import (
     set_random_states,
 )
 
-FUZZ = settings(deadline=None, max_examples=200, derandomize=True,
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FUZZ = settings(
+    deadline=None,
+    max_examples=200,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +82,15 @@ def test_plain_takes_numpy_out():
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
     | st.lists(st.floats(width=32), min_size=1, max_size=3).map(torch.tensor),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @FUZZ
@@ -94,10 +103,15 @@ def test_digest_tells_values_apart(one, other):
 
 def test_digest_sees_every_number_name_type_and_shape():
     base = {"a": torch.zeros(2, 3), "b": [1, 2.0]}
-    others = ({"a": torch.zeros(3, 2), "b": [1, 2.0]}, {"a": torch.zeros(2, 3).double(), "b": [1, 2.0]},
-              {"a": torch.zeros(2, 3), "b": [1, 2]}, {"a": torch.zeros(2, 3), "b": [[1], 2.0]},
-              {"b": [1, 2.0], "a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 3), "b": [1, 2.0], "c": None},
-              {"a": torch.tensor([[0, 0, 0], [0, 0, -0.0]]), "b": [1, 2.0]})  # fmt: skip
+    others = (
+        {"a": torch.zeros(3, 2), "b": [1, 2.0]},
+        {"a": torch.zeros(2, 3).double(), "b": [1, 2.0]},
+        {"a": torch.zeros(2, 3), "b": [1, 2]},
+        {"a": torch.zeros(2, 3), "b": [[1], 2.0]},
+        {"b": [1, 2.0], "a": torch.zeros(2, 3)},
+        {"a": torch.zeros(2, 3), "b": [1, 2.0], "c": None},
+        {"a": torch.tensor([[0, 0, 0], [0, 0, -0.0]]), "b": [1, 2.0]},
+    )
     assert len({digest(value) for value in (base, *others)}) == len(others) + 1
     net = torch.randn(2, 3, 4, 4)
     assert digest(net) == digest(net.to(memory_format=torch.channels_last)), "the numbers, not how they lie"
@@ -206,8 +220,15 @@ def test_a_file_of_something_else(tmp_path, value):
 
 def test_weights_of_another_network(tmp_path):
     net = TinyNet(3)
-    for value in (TinyNet(4).state_dict(), {}, {"linear.bias": "text"}, [1, 2], None, {1: torch.ones(1)},
-                  net.state_dict() | {"more": torch.ones(1)}):  # fmt: skip
+    for value in (
+        TinyNet(4).state_dict(),
+        {},
+        {"linear.bias": "text"},
+        [1, 2],
+        None,
+        {1: torch.ones(1)},
+        net.state_dict() | {"more": torch.ones(1)},
+    ):
         save_torch(tmp_path / "model.pth", value)
         message = refusal(tmp_path / "model.pth", lambda path: load_weights(net, path))
         assert "does not fit the network" in message
@@ -219,11 +240,14 @@ def test_weights_of_another_network(tmp_path):
 def plants(marker):
     command = f"touch {marker}"
     return {
-        "os.system": Planted(os.system, command), "exec": Planted(exec, f"open({str(marker)!r}, 'w')"),
-        "open": Planted(open, str(marker), "w"), "import": Planted(__import__, "antigravity"),
-        "getattr": Planted(getattr, 1, "real"), "deep": {"model": [{"x": Planted(os.system, command)}]},
+        "os.system": Planted(os.system, command),
+        "exec": Planted(exec, f"open({str(marker)!r}, 'w')"),
+        "open": Planted(open, str(marker), "w"),
+        "import": Planted(__import__, "antigravity"),
+        "getattr": Planted(getattr, 1, "real"),
+        "deep": {"model": [{"x": Planted(os.system, command)}]},
         "load": Planted(torch.load, str(marker)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", plants(""))

@@ -51,8 +51,14 @@ def test_a_step_of_filters_is_torchs_muon_on_the_matrix():
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
-                         nn.Linear(8 * 16, 5))  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    )
 
 
 def test_all_but_filters_follow_torchs_sgd():

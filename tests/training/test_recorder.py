@@ -34,11 +34,20 @@ class CountReads(TorchDispatchMode):
 def _learner(images, **kwargs):
     """A small network over 20 times the images, so that an epoch has 480 steps of 2."""
     train = np.tile(images.train_images, (20, 1, 1, 1))
-    many = replace(images, images=np.concatenate([train, images.test_images]), n_train=len(train),
-                   labels=np.concatenate([np.tile(images.train_labels, 20), images.test_labels]))  # fmt: skip
+    many = replace(
+        images,
+        images=np.concatenate([train, images.test_images]),
+        n_train=len(train),
+        labels=np.concatenate([np.tile(images.train_labels, 20), images.test_labels]),
+    )
     dls = cifar_dls(many, bs=2, device="cpu")
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                        nn.Linear(4, len(images.classes)))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 4),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, len(images.classes)),
+    )
     return cifar_learner(dls, net, **kwargs)
 
 
@@ -49,9 +58,16 @@ def _reads_in_training(learn):
     return counter.reads, len(learn.dls.train)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(precision="bf16"), dict(opt="adam"), dict(cbs=[StopOnBadLoss(), L1Penalty(1e-5)]),
-], ids=["fp32", "bf16", "adam", "guarded"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(precision="bf16"),
+        dict(opt="adam"),
+        dict(cbs=[StopOnBadLoss(), L1Penalty(1e-5)]),
+    ],
+    ids=["fp32", "bf16", "adam", "guarded"],
+)
 def test_fewer_than_one_read_in_ten_steps(tiny_images, settings):
     reads, steps = _reads_in_training(_learner(tiny_images, **settings))
     assert steps == 480 and reads < steps / 10
@@ -67,8 +83,15 @@ def test_the_counter_sees_what_fastais_own_bar_reads(tiny_images):
 
 def test_losses_are_means_over_images(tiny_images):
     dls = cifar_dls(tiny_images, bs=6, val_bs=4, device="cpu", padding=0, cutout=0, flip=0.0)
-    learn = cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)), lr=0.0, wd=0.0, momentum=0.0,
-                          nesterov=False, precision="fp32")  # fmt: skip
+    learn = cifar_learner(
+        dls,
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)),
+        lr=0.0,
+        wd=0.0,
+        momentum=0.0,
+        nesterov=False,
+        precision="fp32",
+    )
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 0.0)
     train_loss, train_acc, valid_loss, valid_acc = learn.recorder.values[-1]

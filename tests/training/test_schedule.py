@@ -89,9 +89,15 @@ def test_without_annihilation_it_ends_where_it_began(tiny_images, anneal):
 
 @pytest.mark.parametrize(
     "given, peak",
-    [(dict(pct_start=0.5), 10), (dict(pct_start=0.01, anneal="linear"), 1), (dict(pct_start=0.99), 19),
-     (dict(peak_epoch=2.5, anneal="linear"), 10), (dict(peak_epoch=4.75), 19), ({}, 5)],
-)  # fmt: skip
+    [
+        (dict(pct_start=0.5), 10),
+        (dict(pct_start=0.01, anneal="linear"), 1),
+        (dict(pct_start=0.99), 19),
+        (dict(peak_epoch=2.5, anneal="linear"), 10),
+        (dict(peak_epoch=4.75), 19),
+        ({}, 5),
+    ],
+)
 def test_the_peak_is_where_it_was_asked_for(tiny_images, given, peak):
     lrs = steps_of(tiny_images, sched="one-cycle", **given).lrs
     assert lrs.index(max(lrs)) == peak
@@ -150,6 +156,13 @@ def test_plateau_falls_where_the_loss_stays(tiny_images):
 
 def test_plateau_stays_where_the_loss_falls(tiny_images):
     losses = iter(range(10**6, 0, -100))
-    steps = steps_of(tiny_images, lambda out, y: (out * 0).sum() + next(losses), sched="plateau", gamma=0.5,
-                     plateau_patience=1, valid_pct=0.25, epochs=7)  # fmt: skip
+    steps = steps_of(
+        tiny_images,
+        lambda out, y: (out * 0).sum() + next(losses),
+        sched="plateau",
+        gamma=0.5,
+        plateau_patience=1,
+        valid_pct=0.25,
+        epochs=7,
+    )
     assert set(steps.lrs) == {0.8}

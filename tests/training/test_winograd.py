@@ -81,8 +81,11 @@ def test_a_quarter_of_the_multiplications_in_both_directions(uncompiled):
     x, weight = torch.randn(8, 32, 8, 12, requires_grad=True), torch.randn(16, 32, 3, 3, requires_grad=True)
     with profile(record_shapes=True) as seen:
         conv3x3(x, weight).sum().backward()
-    shapes = [event.input_shapes[-4:-2] if event.name == "aten::baddbmm_" else event.input_shapes
-              for event in seen.events() if event.name in ("aten::bmm", "aten::baddbmm_")]  # fmt: skip
+    shapes = [
+        event.input_shapes[-4:-2] if event.name == "aten::baddbmm_" else event.input_shapes
+        for event in seen.events()
+        if event.name in ("aten::bmm", "aten::baddbmm_")
+    ]
     products = [math.prod(left) * right[-1] for left, right in shapes]  # (36, n, k) with (36, k, m)
     written_out = (8 * 8 * 12) * 9 * 32 * 16  # for the output; as many for the gradient of x and for that of weight
     assert products == [written_out // 4] * 3
@@ -91,10 +94,22 @@ def test_a_quarter_of_the_multiplications_in_both_directions(uncompiled):
 WIDE = dict(in_channels=16, out_channels=16, kernel_size=3, padding=1)
 
 
-@pytest.mark.parametrize("change", [
-    dict(kernel_size=1, padding=0), dict(stride=2), dict(padding=0), dict(dilation=2), dict(groups=2),
-    dict(padding_mode="reflect"), dict(in_channels=3), dict(out_channels=8), dict(kernel_size=5), dict(padding="same"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(kernel_size=1, padding=0),
+        dict(stride=2),
+        dict(padding=0),
+        dict(dilation=2),
+        dict(groups=2),
+        dict(padding_mode="reflect"),
+        dict(in_channels=3),
+        dict(out_channels=8),
+        dict(kernel_size=5),
+        dict(padding="same"),
+    ],
+    ids=str,
+)
 def test_other_convolutions_are_left_alone(change):
     conv = nn.Conv2d(**WIDE | change)
     winograd_convolutions(conv)
@@ -160,8 +175,13 @@ def step(net, x):
 def test_a_compiled_model_uses_them_and_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is compiled is today's
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     plain, x = copy.deepcopy(model), torch.randn(8, 3, 16, 16)
     assert compile_model(model, x, nullcontext()) is None
 
