@@ -20,12 +20,11 @@ from benchmarks.timing import Clock, Result, Row, progress, take_turns
 from cifar_fastai.data.images import ImageSet
 from cifar_fastai.data.loaders import cifar_dls
 from cifar_fastai.errors import RunError
-from cifar_fastai.hardware import keep_freed_memory
+from cifar_fastai.hardware import autocast, keep_freed_memory
 from cifar_fastai.models import resnet18
 from cifar_fastai.training.callbacks import StopOnBadLoss
 from cifar_fastai.training.compiling import compile_model
 from cifar_fastai.training.learner import cifar_learner, optimizer_factory
-from cifar_fastai.training.precision import autocast
 from cifar_fastai.training.progress import ConsoleProgress
 from cifar_fastai.training.recorder import DeviceProgress
 from cifar_fastai.training.runlog import RunLog

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from cifar_fastai.data.images import CIFAR10_MEAN, CIFAR10_STD
-from cifar_fastai.training.precision import autocast
+from cifar_fastai.hardware import autocast
 
 __all__ = [
     "StopClock",

@@ -1,14 +1,12 @@
-"""Errors that a user can mend: one line saying what was wrong, with the value, and what to do."""
+"""Errors that a user can act on: one line with the value, what is wrong with it and what to do."""
 
-import re
+from difflib import get_close_matches
 
-from fastcore.imports import IN_NOTEBOOK
-
-__all__ = ["InputError", "RunError"]
+__all__ = ["InputError", "RunError", "check_choice", "printable", "reason"]
 
 
 class RunError(Exception):
-    """A run could not go on (a full disk, a loss that is no number). The recipe ends with status 1."""
+    """A run could not go on, for example because of a full disk or a loss that is not a number. Exit status 1."""
 
     status = 1
 
@@ -17,15 +15,43 @@ class RunError(Exception):
         self.message = message
 
     def __str__(self):  # fastai rewrites the args of what a callback raises; the message stays one line
-        return _as_arguments(self.message) if IN_NOTEBOOK else self.message
+        return self.message
 
 
 class InputError(RunError):
-    """What was given cannot be used (a parameter, a file, a data set). The recipe ends with status 2."""
+    """An argument, a file or a data set cannot be used. Exit status 2.
+
+    `arguments` are the wrong arguments and their values: `InputError("must be below 1", valid_pct=2)` reads
+    "valid_pct=2: must be below 1". The message names other arguments in backticks.
+    """
 
     status = 2
 
+    def __init__(self, message, /, **arguments):
+        values = ", ".join(f"{name}={printable(repr(value))}" for name, value in arguments.items())
+        super().__init__(f"{values}: {message}" if values else message)
+        self.text, self.arguments = message, arguments
 
-def _as_arguments(message):
-    """`message` with parameters named as a call takes them: `--valid-pct 2` is `valid_pct 2` in a notebook."""
-    return re.sub(r"(?<![\w-])--(?!resume)([a-z]\w*(?:-\w+)*)", lambda flag: flag[1].replace("-", "_"), message)
+
+def check_choice(choices, **argument):
+    """Return the value of the one keyword argument if it is among `choices`; else raise InputError with near names."""
+    ((name, value),) = argument.items()
+    if value in choices:
+        return value
+    lower = {str(choice).lower(): choice for choice in choices}
+    near = [lower[match] for match in get_close_matches(str(value).lower(), lower, n=2, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(map(str, choices))}"
+    raise InputError(f"no such name; {hint}", **argument)
+
+
+def printable(text):
+    """A name from outside as one short line of printable text."""
+    text = str(text)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def reason(error):
+    """Why an exception was raised, in a few words on one line."""
+    cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+    return printable(getattr(cause, "strerror", None) or str(cause) or type(error).__name__)

@@ -1,42 +1,43 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, then renamed. Also folder locks."""
 
 import errno
 import json
 import os
-import tempfile
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: a folder is not locked there
-    fcntl = None
+from filelock import FileLock, Timeout
 
-__all__ = ["atomic_write", "held", "sweep", "write_json"]
+from cifar_fastai.errors import InputError, reason
+
+__all__ = ["atomic_write", "lock_folder", "read_json", "remove_leftovers", "write_json"]
 
 
 @contextmanager
 def atomic_write(path, mode="w"):
-    """Open a file that takes the name `path` only when the block ends well; `mode` is "w" (UTF-8) or "wb".
+    """Open a file that gets the name `path` only when the block ends without an error; `mode` is "w" (UTF-8) or "wb".
 
-    Whoever reads `path` meanwhile, or after a crash, finds the old file whole or none. The data reach the disk
-    before the name does. Raises OSError as `open` does.
+    A reader finds the complete old file or the complete new one, also after a crash: the data reach the disk before
+    the name does. Raises OSError with `path` as its file name.
     """
-    path, name = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(
+        f".{uuid.uuid4().hex}.tmp"
+    )  # not derived from the name, which may already be as long as allowed
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, mode, **text) as file:
+        # O_EXCL never follows a link; 0o666 is reduced by the user's umask, as for any file
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(descriptor, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException as error:
-        if name is not None:
-            with suppress(OSError):
-                os.unlink(name)
-        if isinstance(error, OSError) and error.strerror:  # name the file that was wanted, not the temporary one
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.strerror:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -48,37 +49,46 @@ def write_json(path, value):
         file.write("\n")
 
 
+def read_json(path):
+    """The object in a JSON file as a dict. Raises InputError for a file that is missing, damaged or no object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: cannot be read (it holds no object)")
+    return value
+
+
 @contextmanager
-def held(folder):
-    """Hold `folder` against other processes while the block runs; yields False where another one holds it.
+def lock_folder(folder):
+    """Lock `folder` against other processes while the block runs; yields False where another process holds it.
 
-    The system lets go when the process ends, however it ends, and nothing is left behind. Where folders cannot be
-    locked (Windows, some network drives) it yields True.
+    The system releases the lock when the process ends, however it ends. Raises OSError where the folder is missing or
+    may not be written to.
     """
-    handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    path = Path(folder) / ".lock"
+    lock = FileLock(path)
     try:
-        yield handle is None or _lock(handle)
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _lock(handle):
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    return True
-
-
-def sweep(folder):
-    """Remove what `atomic_write` left in `folder` when its process was killed; for who holds the folder."""
-    for left in Path(folder).glob(".*.tmp"):
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        yield True  # a file system without locks, such as some network drives
+        return
+    try:
+        yield True
+    finally:
         with suppress(OSError):
-            left.unlink()
+            path.unlink()  # safe while it is held: whoever has opened this file finds it unlinked and tries again
+        lock.release()
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_leftovers(folder):
+    """Remove what `atomic_write` left in `folder` when its process was killed; only for the process that locks it."""
+    for path in Path(folder).glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()

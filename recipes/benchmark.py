@@ -88,9 +88,9 @@ def prepare(data, device, precision, compile, bs, minutes, steps, repeats, quick
     from cifar_fastai.data.images import load_images
     from cifar_fastai.data.loaders import default_bs
     from cifar_fastai.errors import InputError
+    from cifar_fastai.hardware import choose_device, choose_precision
     from cifar_fastai.names import check_name
     from cifar_fastai.training.compiling import choose_compile
-    from cifar_fastai.training.precision import choose_device, choose_precision
 
     device = choose_device(device)
     precision, why_precision = choose_precision(precision, device)
@@ -132,11 +132,11 @@ def machine(settings):
     """What the numbers depend on: hardware, threads, versions."""
     import torch
 
-    from cifar_fastai.runs.folder import describe_machine, versions
+    from cifar_fastai.hardware import hardware_name, versions
 
-    hardware = describe_machine(torch.device("cpu"))
+    hardware = hardware_name(torch.device("cpu"))
     if settings.device.type != "cpu":
-        hardware = f"{describe_machine(settings.device)}; {hardware}"
+        hardware = f"{hardware_name(settings.device)}; {hardware}"
     return {
         "hardware": f"{hardware}, {os.cpu_count()} cores",
         "device": str(settings.device),

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from cifar_fastai.files import atomic_write, held, sweep, write_json
+from cifar_fastai.files import atomic_write, lock_folder, remove_leftovers, write_json
 
 
 def test_the_file_is_there_when_the_block_has_ended(tmp_path):
@@ -86,8 +86,8 @@ def test_json_without_nan(tmp_path):
 
 HOLD = """
 import sys, time
-from cifar_fastai.files import held
-with held(sys.argv[1]) as free:
+from cifar_fastai.files import lock_folder
+with lock_folder(sys.argv[1]) as free:
     print(free, flush=True)
     time.sleep(60)
 """
@@ -96,35 +96,32 @@ with held(sys.argv[1]) as free:
 def test_one_process_holds_a_folder_until_it_ends(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"
-    with held(tmp_path) as free:
+    with lock_folder(tmp_path) as free:
         assert not free
     other.kill()
     other.wait()
     other.stdout.close()
-    with held(tmp_path) as free:
+    with lock_folder(tmp_path) as free:
         assert free
-        with held(tmp_path) as again:
+        with lock_folder(tmp_path) as again:
             assert not again, "not by the same process either"
-    with held(tmp_path) as free:
+    with lock_folder(tmp_path) as free:
         assert free
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_folders_that_cannot_be_locked_count_as_free(tmp_path, monkeypatch, code):
-    def flock(*args):
+    def acquire(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("cifar_fastai.files.fcntl.flock", flock)
-    with held(tmp_path) as free:
-        assert free
-    monkeypatch.setattr("cifar_fastai.files.fcntl", None)  # Windows
-    with held(tmp_path) as free:
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with lock_folder(tmp_path) as free:
         assert free
 
 
-def test_sweep_takes_what_a_kill_has_left_and_no_more(tmp_path):
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
     for name in (".model.pth.a1.tmp", "model.pth", ".hidden", "notes.tmp"):
         (tmp_path / name).write_text(name)
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "model.pth", "notes.tmp"]

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from cifar_fastai.data.official import BATCH_FILES, TEST_BATCH, TRAIN_BATCHES, read_batch, read_label_names
-from cifar_fastai.data.sources import MAX_FILE_BYTES, cause, open_source, shown
-from cifar_fastai.errors import InputError
+from cifar_fastai.data.sources import MAX_FILE_BYTES, open_source
+from cifar_fastai.errors import InputError, printable, reason
 
 __all__ = ["Decoded", "channel_statistics", "decode", "find_source", "in_notebook", "rgb"]
 
@@ -97,7 +97,7 @@ def _decode_images(source, progress):
 def _plan(source):
     """Which file has which label: `(files, labels, classes, n_train)`, in the order of the arrays."""
     found = _classes_found(source)
-    where = shown(source.path)
+    where = printable(source.path)
     for split in SPLITS:
         if split not in found:
             raise InputError(f"{where}: no {split} folder; the images belong in {split}/<class>/")
@@ -193,14 +193,14 @@ def _strict_and_silent_pillow():
 
 
 def _image_cause(error):
-    return "neither png nor jpg" if isinstance(error, Image.UnidentifiedImageError) else cause(error)
+    return "neither png nor jpg" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
 
 
 def _decode_batches(source, progress):
     files = {entry.name: entry for entry in source.entries if not entry.is_dir}
     for name in BATCH_FILES:
         if name not in files:
-            raise InputError(f"{shown(source.path)}: no {name} beside the other batches; get the archive again")
+            raise InputError(f"{printable(source.path)}: no {name} beside the other batches; get the archive again")
     meta = files["batches.meta"]
     [(_, content)] = source.read([meta], MAX_FILE_BYTES)
     names = read_label_names(content, source.where(meta))

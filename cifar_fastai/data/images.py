@@ -14,8 +14,7 @@ from PIL import Image
 
 from cifar_fastai.data import cache
 from cifar_fastai.data.decode import Decoded, channel_statistics, decode, find_source, in_notebook
-from cifar_fastai.data.sources import cause, shown
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, printable, reason
 
 __all__ = ["CIFAR10_CLASSES", "CIFAR10_MEAN", "CIFAR10_STD", "ImageSet", "load_images"]
 
@@ -121,13 +120,13 @@ def _load_path(path, cache_dir, progress, source):
     if decoded is None:
         decoded = decode(found, progress)
         try:
-            cache.store(cache_dir, key, decoded, name=_name(decoded, found.stem), source=shown(source))
+            cache.store(cache_dir, key, decoded, name=_name(decoded, found.stem), source=printable(source))
         except OSError as error:
             note = (
-                f"{shown(cache_dir)}: decoded images cannot be kept there ({cause(error)}), so each start decodes "
+                f"{printable(cache_dir)}: decoded images cannot be kept there ({reason(error)}), so each start decodes "
                 "them again; CIFAR_FASTAI_CACHE names another folder"
             )
-    return _image_set(decoded, _name(decoded, found.stem), shown(source), note)
+    return _image_set(decoded, _name(decoded, found.stem), printable(source), note)
 
 
 def _name(decoded, stem):
@@ -135,7 +134,7 @@ def _name(decoded, stem):
     splits = decoded.n_train, len(decoded.images) - decoded.n_train
     if decoded.classes == CIFAR10_CLASSES and splits == CIFAR10_SPLITS:
         return CIFAR10_JPEG if decoded.has_jpeg else CIFAR10
-    name = shown(decoded.folder) or stem
+    name = printable(decoded.folder) or stem
     return f"folder {name}" if name in (CIFAR10, CIFAR10_JPEG, DIGITS) else name  # only the real ones are called so
 
 
@@ -193,7 +192,7 @@ def _load_cifar10(cache_dir, progress):
             continue
         if images.name in (CIFAR10, CIFAR10_JPEG):
             return images
-        failures.append(f"{shown(path)}: {images.n_train:,} train and {images.n_test:,} test images")
+        failures.append(f"{printable(path)}: {images.n_train:,} train and {images.n_test:,} test images")
     raise InputError(f"fastai's copy is not the whole of it ({failures[0]}); delete it and start again")
 
 
@@ -212,7 +211,7 @@ def _fastai_copies():
             with nullcontext() if shown_well else redirect_stdout(io.StringIO()):  # the bar would flood a log
                 return [untar_data(URLs.CIFAR)]
     except Exception as error:  # of fastai, of the network, of the disk: the run may do without
-        failure = cause(error)
+        failure = reason(error)
     raise InputError(f"download of {URLs.CIFAR}: {failure}")
 
 
@@ -227,7 +226,7 @@ def _probe(url, seconds=PROBE_SECONDS):
             urllib.request.urlopen(request, timeout=seconds).close()
             answer[0] = None
         except Exception as error:
-            answer[0] = cause(error)
+            answer[0] = reason(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

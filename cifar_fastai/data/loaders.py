@@ -12,8 +12,8 @@ from fasttransform import Transform
 from cifar_fastai.data.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate
 from cifar_fastai.data.images import ImageSet, load_images
 from cifar_fastai.errors import InputError
+from cifar_fastai.hardware import choose_device
 from cifar_fastai.names import FLIP_BY, check_name
-from cifar_fastai.training.precision import choose_device
 
 __all__ = ["ArrayDL", "augmentations", "cifar_block", "cifar_dls", "default_bs", "reported_dl", "split_rows", "test_dl"]
 

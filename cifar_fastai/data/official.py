@@ -9,8 +9,7 @@ import pickletools
 
 import numpy as np
 
-from cifar_fastai.data.sources import cause, shown
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, printable, reason
 
 __all__ = ["BATCH_FILES", "TEST_BATCH", "TRAIN_BATCHES", "load_plain", "read_batch", "read_label_names"]
 
@@ -59,7 +58,7 @@ def _fields(content, where):
     try:
         fields = load_plain(content)
     except Exception as error:  # a damaged pickle ends in IndexError, KeyError, UnicodeDecodeError, struct.error, ...
-        raise InputError(f"{where}: not one of CIFAR-10's batches ({cause(error)}); {_AGAIN}") from None
+        raise InputError(f"{where}: not one of CIFAR-10's batches ({reason(error)}); {_AGAIN}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: must be a dictionary, and is a {type(fields).__name__}; {_AGAIN}")
     return {_text(key): value for key, value in fields.items()}
@@ -197,7 +196,7 @@ def load_plain(content):
 
 def _global(name):
     if name not in _GLOBALS:
-        raise ValueError(f"it asks for {shown(name)}, which no data need")
+        raise ValueError(f"it asks for {printable(name)}, which no data need")
     return _GLOBALS[name]
 
 

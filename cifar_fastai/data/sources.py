@@ -15,19 +15,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, printable, reason
 
-__all__ = [
-    "MAX_FILES",
-    "MAX_FILE_BYTES",
-    "MAX_TOTAL_BYTES",
-    "Archive",
-    "Entry",
-    "Folder",
-    "cause",
-    "open_source",
-    "shown",
-]
+__all__ = ["MAX_FILES", "MAX_FILE_BYTES", "MAX_TOTAL_BYTES", "Archive", "Entry", "Folder", "open_source"]
 
 MAX_FILES = 200_000
 MAX_FILE_BYTES = 64 * 2**20
@@ -60,15 +50,15 @@ def open_source(path, marks):
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise InputError(
-            f"{shown(path) or repr('')}: not found; give a folder, a .tgz or .tar archive, or auto, cifar10 or digits"
+            f"{printable(path) or repr('')}: not found; give a folder, a .tgz or .tar archive, or auto, cifar10, digits"
         ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{shown(path)}: cannot be read ({cause(error)}); give another path") from None
+        raise InputError(f"{printable(path)}: cannot be read ({reason(error)}); give another path") from None
     if stat.S_ISDIR(mode):
         return Folder(path, marks)
     if stat.S_ISREG(mode):
         return Archive(path, marks)
-    raise InputError(f"{shown(path)}: neither a folder nor a file; give a folder, or a .tgz or .tar archive")
+    raise InputError(f"{printable(path)}: neither a folder nor a file; give a folder, or a .tgz or .tar archive")
 
 
 class Folder:
@@ -87,7 +77,7 @@ class Folder:
 
     @property
     def stem(self):
-        return shown(self.path.resolve().name)
+        return printable(self.path.resolve().name)
 
     @cached_property
     def entries(self):
@@ -113,11 +103,11 @@ class Folder:
             try:
                 yield i, self.path.joinpath(*self.root, *entry.parts).read_bytes()
             except OSError as error:
-                raise InputError(f"{self.where(entry)}: cannot be read ({cause(error)}); mend or remove it") from None
+                raise InputError(f"{self.where(entry)}: cannot be read ({reason(error)}); mend or remove it") from None
 
     def where(self, entry):
         """The entry's name for an error message."""
-        return shown(self.path.joinpath(*self.root, *entry.parts))
+        return printable(self.path.joinpath(*self.root, *entry.parts))
 
     def _walk(self, parts, entries):
         """Add what lies in the folder `parts` to `entries`. At the top only the marks are looked at, so that neighbours
@@ -128,7 +118,7 @@ class Folder:
             try:
                 is_dir, info = child.is_dir(), child.stat()
             except OSError as error:  # a link to nowhere
-                raise InputError(f"{shown(child.path)}: cannot be read ({cause(error)}); remove it") from None
+                raise InputError(f"{printable(child.path)}: cannot be read ({reason(error)}); remove it") from None
             _check_name(child.name, child.path)
             inside = (*parts, child.name)
             if is_dir:
@@ -138,9 +128,9 @@ class Folder:
             elif stat.S_ISREG(info.st_mode):
                 entries.append(Entry(inside, False, info.st_size, stamp=(info.st_mtime_ns, info.st_ctime_ns)))
             else:
-                raise InputError(f"{shown(child.path)}: not a regular file; remove it")
+                raise InputError(f"{printable(child.path)}: not a regular file; remove it")
             if len(entries) > MAX_FILES:
-                raise InputError(f"{shown(self.path)}: holds more than {MAX_FILES:,} files; give a smaller set")
+                raise InputError(f"{printable(self.path)}: holds more than {MAX_FILES:,} files; give a smaller set")
 
     def _scan(self, parts):
         """What lies in the folder `parts` and is not hidden, sorted by name: a list of `os.DirEntry`."""
@@ -149,7 +139,7 @@ class Folder:
             with os.scandir(folder) as found:
                 return sorted((child for child in found if not _hidden(child.name)), key=lambda child: child.name)
         except OSError as error:
-            raise InputError(f"{shown(folder)}: cannot be read ({cause(error)}); mend or remove it") from None
+            raise InputError(f"{printable(folder)}: cannot be read ({reason(error)}); mend or remove it") from None
 
 
 class Archive:
@@ -164,7 +154,7 @@ class Archive:
 
     @property
     def stem(self):
-        return shown(re.sub(r"(\.tar)?(\.t?gz|\.tar)$", "", self.path.name, flags=re.IGNORECASE))
+        return printable(re.sub(r"(\.tar)?(\.t?gz|\.tar)$", "", self.path.name, flags=re.IGNORECASE))
 
     @property
     def entries(self):
@@ -177,7 +167,7 @@ class Archive:
             with open(self.path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"{shown(self.path)}: cannot be read ({cause(error)})") from None
+            raise InputError(f"{printable(self.path)}: cannot be read ({reason(error)})") from None
 
     def read(self, entries, max_bytes):
         """Yield `(i, content)` for every one of `entries`, in the archive's order. Raises InputError."""
@@ -193,7 +183,7 @@ class Archive:
 
     def where(self, entry):
         """The entry's name for an error message."""
-        return f"{shown(self.path)}: {shown('/'.join((*self.root, *entry.parts)))}"
+        return f"{printable(self.path)}: {printable('/'.join((*self.root, *entry.parts)))}"
 
     @cached_property
     def _listing(self):
@@ -205,12 +195,12 @@ class Archive:
             stream.max_read = _MAX_HEADER_BYTES
             for count, info in enumerate(tarfile.open(fileobj=stream, mode="r:", encoding="utf-8"), start=1):
                 if count > MAX_FILES:
-                    raise InputError(f"{shown(self.path)}: holds more than {MAX_FILES:,} files; give a smaller set")
+                    raise InputError(f"{printable(self.path)}: holds more than {MAX_FILES:,} files; give a smaller set")
                 entry = self._checked(info)
                 if any(map(_hidden, entry.parts)):
                     continue
                 if entry.parts in found and not (entry.is_dir and found[entry.parts].is_dir):
-                    raise InputError(f"{shown(self.path)}: holds {shown(entry.name)} twice; pack it again")
+                    raise InputError(f"{printable(self.path)}: holds {printable(entry.name)} twice; pack it again")
                 found[entry.parts] = entry
             if len(stream.last) != _BLOCK or any(stream.last):  # tarfile takes a damaged header for the end
                 raise EOFError("no end marker" if not stream.last else "a damaged header")
@@ -227,7 +217,7 @@ class Archive:
 
     def _checked(self, info):
         """The member as an `Entry`. Raises InputError for one that an honest archive would not hold."""
-        where = f"{shown(self.path)}: {shown(info.name)}"
+        where = f"{printable(self.path)}: {printable(info.name)}"
         path = PurePosixPath(info.name)
         if path.is_absolute() or ".." in path.parts or "\\" in info.name or info.name[1:2] == ":":
             raise InputError(f"{where}: a name that leads outside the archive; get the archive from elsewhere")
@@ -251,7 +241,7 @@ class Archive:
             if len(block) == _BLOCK and not any(block):
                 return  # an archive of nothing: the search for a root says so
             raise InputError(
-                f"{shown(self.path)}: not a tar archive; give a folder, or a .tgz or .tar archive"
+                f"{printable(self.path)}: not a tar archive; give a folder, or a .tgz or .tar archive"
             ) from None
 
     @contextmanager
@@ -263,12 +253,12 @@ class Archive:
                 packed = file.read(2) == b"\x1f\x8b"
                 file.seek(0)
                 with gzip.GzipFile(fileobj=file) if packed else file as unpacked:
-                    yield _Bounded(unpacked, shown(self.path))
+                    yield _Bounded(unpacked, printable(self.path))
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"{shown(self.path)}: a truncated or damaged archive ({cause(error)}); download or pack it again"
+                f"{printable(self.path)}: a truncated or damaged archive ({reason(error)}); download or pack it again"
             ) from None
 
 
@@ -308,18 +298,18 @@ def _find_root(names, marks, path):
     if len(roots) == 1:
         return roots[0]
     if roots:
-        found = ", ".join(shown(root[0]) for root in roots[:4])
-        raise InputError(f"{shown(path)}: holds several data sets ({found}); give one of them")
-    found = ", ".join(map(shown, tops[:4])) + (", ..." if len(tops) > 4 else "") if tops else "nothing"
+        found = ", ".join(printable(root[0]) for root in roots[:4])
+        raise InputError(f"{printable(path)}: holds several data sets ({found}); give one of them")
+    found = ", ".join(map(printable, tops[:4])) + (", ..." if len(tops) > 4 else "") if tops else "nothing"
     raise InputError(
-        f"{shown(path)}: holds neither train and test folders nor CIFAR-10's batches (found: {found}); "
+        f"{printable(path)}: holds neither train and test folders nor CIFAR-10's batches (found: {found}); "
         "give the folder or archive that does"
     )
 
 
 def _check_name(name, where):
     if not name.isprintable() or len(name) > _MAX_NAME:
-        raise InputError(f"{shown(where)}: a name of control characters, or of more than {_MAX_NAME}; rename it")
+        raise InputError(f"{printable(where)}: a name of control characters, or of more than {_MAX_NAME}; rename it")
 
 
 def _check_size(entry, max_bytes, source):
@@ -332,16 +322,3 @@ def _check_size(entry, max_bytes, source):
 
 def _hidden(name):
     return name.startswith(".") or name == "__MACOSX"
-
-
-def shown(name):
-    """A name from outside as one short line of printable text."""
-    text = str(name)
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
-
-
-def cause(error):
-    """Why an exception came, in a few words on one line."""
-    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-    return shown(getattr(reason, "strerror", None) or str(reason) or type(error).__name__)

@@ -2,15 +2,10 @@
 
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-import torch
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientClip
 
@@ -18,15 +13,14 @@ from cifar_fastai.config import BASE, Recipe, resolve
 from cifar_fastai.data.images import ImageSet, load_images
 from cifar_fastai.data.loaders import cifar_dls, default_bs, split_rows
 from cifar_fastai.errors import InputError
+from cifar_fastai.hardware import choose_device, hardware_name, versions
 from cifar_fastai.training.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
 from cifar_fastai.training.checkpoint import load_weights
 from cifar_fastai.training.history import in_epochs, read_history
 from cifar_fastai.training.learner import cifar_learner
-from cifar_fastai.training.precision import choose_device
 from cifar_fastai.training.schedule import one_cycle_steps
 
 __all__ = [
-    "describe_machine",
     "describe_run",
     "is_run",
     "learner_for",
@@ -36,7 +30,6 @@ __all__ = [
     "read_config",
     "run_config",
     "suit_batches",
-    "versions",
 ]
 
 _NOT_KEPT = ("resume", "debug")  # parameters that say nothing about a run
@@ -257,42 +250,9 @@ def run_config(recipe, cfg, images, learn):
         "std": list(map(float, images.std)),
         "train_images": len(learn.dls.train_ds),
         "device": str(device),
-        "hardware": describe_machine(device),
+        "hardware": hardware_name(device),
         "precision": cfg.precision,
         "compiled": False,
         "eval_split": "test" if cfg.valid_pct is None else "valid",
         "versions": versions(),
     }
-
-
-def versions():
-    """Versions of what a result depends on; the git commit where the package lies in a checkout."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "fastai", "cifar_fastai"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    try:  # installed into an environment, the package may lie in a checkout of something else
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
-        found["git_commit"] = _git("rev-parse", "--short", "HEAD").strip()
-    except (OSError, subprocess.SubprocessError):
-        found["git_commit"] = None
-    return found
-
-
-def _git(*words):
-    git = ["git", "-C", str(Path(__file__).parent), *words]
-    return subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout
-
-
-def describe_machine(device):
-    """The hardware in words: the GPU's name, or the processor's with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    n = torch.get_num_threads()
-    return f"{name}, {n} thread{'s' * (n > 1)}" + (", Apple GPU" if device.type == "mps" else "")

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from cifar_fastai.config import Recipe, resolve
-from cifar_fastai.data.sources import cause, shown
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, printable, reason
 from cifar_fastai.training.checkpoint import latest_unfinished, load_checkpoint
 
 __all__ = ["resume_command", "run_to_resume", "saved_run"]
@@ -34,12 +33,12 @@ def saved_run(folder, recipe, given):
     path = folder / "checkpoint.pth"
     saved = load_checkpoint(path)
     if saved["recipe"] != recipe:
-        name = shown(saved["recipe"])
+        name = printable(saved["recipe"])
         raise InputError(f"--resume {folder}: a run of {name}, not of {recipe}; go on with it by recipes/{name}.py")
     try:
         cfg = resolve(Recipe(recipe, saved["config"]["parameters"]), {})
     except (InputError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: does not hold the parameters of a run ({cause(error)})") from None
+        raise InputError(f"{path}: does not hold the parameters of a run ({reason(error)})") from None
     _refuse_changes(given, vars(cfg) | {"out": str(folder)}, saved["given"])
     cfg.given = saved["given"]
     return saved, cfg

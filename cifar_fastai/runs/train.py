@@ -13,10 +13,9 @@ import torch.nn.functional as F
 
 from cifar_fastai.config import resolve
 from cifar_fastai.data.images import load_images
-from cifar_fastai.data.sources import cause
-from cifar_fastai.errors import InputError, RunError
-from cifar_fastai.files import held, sweep, write_json
-from cifar_fastai.hardware import keep_freed_memory
+from cifar_fastai.errors import InputError, RunError, reason
+from cifar_fastai.files import lock_folder, remove_leftovers, write_json
+from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
 from cifar_fastai.plots.charts import plot_lr_find, save_figure
 from cifar_fastai.runs.folder import learner_for, make_folder, run_config
 from cifar_fastai.runs.results import check_layers, write_results
@@ -25,7 +24,6 @@ from cifar_fastai.training.checkpoint import Checkpoint, set_random_states
 from cifar_fastai.training.compiling import choose_compile, compile_model
 from cifar_fastai.training.history import History, in_epochs
 from cifar_fastai.training.loggers import TensorBoardLog
-from cifar_fastai.training.precision import autocast, choose_device, choose_precision
 from cifar_fastai.training.progress import ConsoleProgress
 from cifar_fastai.training.range_test import range_test
 from cifar_fastai.training.recorder import DeviceProgress
@@ -95,7 +93,7 @@ def _new(recipe, given, stack):
     cfg.given = _given(cfg, given)
     run = _prepared(recipe.name, cfg, choose_device(cfg.device))
     run.folder = make_folder(recipe.name, cfg.out)
-    if not stack.enter_context(held(run.folder)):
+    if not stack.enter_context(lock_folder(run.folder)):
         raise InputError(f"--out {run.folder}: another run is going on there; give another folder")
     _print_header(run)
     write_json(run.folder / "config.json", run.config)
@@ -104,7 +102,7 @@ def _new(recipe, given, stack):
 
 def _resumed(recipe, given, folder, stack):
     """A run that goes on from its checkpoint, with the parameters it was started with."""
-    if not stack.enter_context(held(folder)):
+    if not stack.enter_context(lock_folder(folder)):
         raise InputError(f"--resume {folder}: this run is going on, in another process")
     saved, cfg = saved_run(folder, recipe.name, given)
     device = choose_device(given.get("device") or saved["config"]["device"])
@@ -116,8 +114,8 @@ def _resumed(recipe, given, folder, stack):
     try:
         run.learn.model.load_state_dict(saved["model"])
     except Exception as error:
-        raise InputError(f"{folder / 'checkpoint.pth'}: does not fit the network ({cause(error)})") from None
-    sweep(folder)
+        raise InputError(f"{folder / 'checkpoint.pth'}: does not fit the network ({reason(error)})") from None
+    remove_leftovers(folder)
     print(f"going on with {folder} after epoch {saved['epoch']} of {cfg.epochs}", flush=True)
     _print_header(run)
     write_json(folder / "config.json", run.config)

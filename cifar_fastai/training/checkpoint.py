@@ -18,9 +18,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
-from cifar_fastai.data.sources import cause
-from cifar_fastai.errors import InputError
-from cifar_fastai.files import atomic_write, held
+from cifar_fastai.errors import InputError, reason
+from cifar_fastai.files import atomic_write, lock_folder
 from cifar_fastai.training.precision import torch_optimizer
 
 __all__ = [
@@ -139,7 +138,7 @@ class Checkpoint(Callback):
             self._restore_callbacks(saved["callbacks"])
             set_random_states(saved["random"], self.dls)
         except Exception as error:
-            raise InputError(f"{self.path}: does not fit this run ({cause(error)})") from None
+            raise InputError(f"{self.path}: does not fit this run ({reason(error)})") from None
 
     def after_epoch(self):
         if self.learn.run_log.trained_epoch != self.epoch:
@@ -277,7 +276,7 @@ def latest_unfinished(runs="runs"):
     with it. InputError where there is none."""
     found = []
     for path in Path(runs).glob("*/checkpoint.pth"):
-        with suppress(FileNotFoundError), held(path.parent) as free:  # it may end just now
+        with suppress(FileNotFoundError), lock_folder(path.parent) as free:  # it may end just now
             if free:
                 found.append((path.stat().st_mtime_ns, path.parent))
     if not found:

@@ -17,11 +17,12 @@ from torch import nn, optim
 
 from cifar_fastai.data.augment import TellEpoch
 from cifar_fastai.evaluation import learner_methods as interpret  # noqa: F401  (it gives Learner plot_misclassified and plot_gradcam)
+from cifar_fastai.hardware import choose_precision
 from cifar_fastai.models import create_model
 from cifar_fastai.names import FASTAI_OPTIMIZERS, NESTEROV_OPTIMIZERS, TORCH_OPTIMIZERS, check_name
 from cifar_fastai.training.history import History
 from cifar_fastai.training.muon import Muon
-from cifar_fastai.training.precision import Precision, ScaledStep, choose_precision
+from cifar_fastai.training.precision import Precision, ScaledStep
 from cifar_fastai.training.recorder import DeviceMean, DeviceProgress, DeviceRecorder, accuracy_per_image
 from cifar_fastai.training.schedule import one_cycle
 

@@ -4,64 +4,14 @@ import torch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.optimizer import OptimWrapper
 
-from cifar_fastai.errors import InputError
-from cifar_fastai.names import PRECISIONS, check_name
+from cifar_fastai.hardware import autocast
 
-__all__ = ["Precision", "ScaledStep", "autocast", "choose_device", "choose_precision", "torch_optimizer"]
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def autocast(device, precision):
-    """The context in which a model computes in `precision` on `device`; for fp32 it changes nothing."""
-    return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
+__all__ = ["Precision", "ScaledStep", "torch_optimizer"]
 
 
 def torch_optimizer(opt):
     """The torch optimizer that a Learner's `opt` wraps, or fastai's own as it is."""
     return opt.opt if isinstance(opt, OptimWrapper) else opt
-
-
-def choose_device(name="auto"):
-    """The torch.device for `name`: auto takes a GPU where there is one. InputError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; try --device auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: torch sees no Apple GPU; try --device auto")
-    return device
-
-
-def choose_precision(name, device):
-    """(precision, reason): "fp32", "fp16" or "bf16" for `name` on `device`.
-
-    auto takes half precision only where the hardware computes in it: bf16 emulated on a CPU is many times slower.
-    """
-    check_name("--precision", name, PRECISIONS)
-    if name == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16: on a CPU take bf16 or fp32")
-    if name != "auto":
-        return name, "as asked"
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # which is not always the first
-            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU has it") if has_it else ("fp16", "this GPU has no bf16")
-    if device.type == "cpu":
-        return ("bf16", "this CPU has it") if _cpu_has_bf16() else ("fp32", "this CPU has no bf16")
-    return "fp32", f"the safe choice on {device.type}"
-
-
-def _cpu_has_bf16():
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # an older torch
-    return bool(asked and asked())
 
 
 class Precision(Callback):

@@ -342,11 +342,7 @@ def test_a_run_that_diverges(recipes, tiny_folder, tmp_path):
     ],
 )
 @pytest.mark.parametrize(
-    "limit, hint",
-    [
-        (2, "try --bs 2, which fits"),
-        (0, "not even one image fits, try --device cpu"),
-    ],
+    "limit, hint", [(2, "try --bs 2, which fits"), (0, "not even one image fits, try --device cpu")]
 )
 def test_out_of_memory_says_what_fits(tiny, tmp_path, monkeypatch, capsys, error, limit, hint):
     def act(out):

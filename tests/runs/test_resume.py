@@ -19,7 +19,7 @@ from tiny_runs import Planted, assert_same_state, history, metrics, same, wait_f
 
 from cifar_fastai.config import Recipe
 from cifar_fastai.errors import InputError
-from cifar_fastai.files import held
+from cifar_fastai.files import lock_folder
 from cifar_fastai.runs import folder as runs
 from cifar_fastai.runs.train import train
 from cifar_fastai.training.checkpoint import load_checkpoint
@@ -192,7 +192,7 @@ def test_latest_is_the_newest_interrupted_run(tiny, tmp_path, monkeypatch):
         if folder.name != "finished":
             os.utime(folder / "checkpoint.pth", (1e9 + k, 1e9 + k))
     folders[4].mkdir()
-    with held(folders[2]) as free:
+    with lock_folder(folders[2]) as free:
         assert free
         assert tiny.resume("latest").folder.name == "newer", "the newest is going on just now"
     assert tiny.resume("latest").folder.name == "newest"
@@ -202,11 +202,11 @@ def test_latest_is_the_newest_interrupted_run(tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_elsewhere_is_refused(tiny, stopped):
-    with held(stopped):
+    with lock_folder(stopped):
         assert refusal(tiny, stopped) == f"--resume {stopped}: this run is going on, in another process"
     fresh = stopped.parent / "fresh"
     fresh.mkdir()
-    with held(fresh), pytest.raises(InputError, match="another run is going on there"):
+    with lock_folder(fresh), pytest.raises(InputError, match="another run is going on there"):
         tiny.train(fresh)
     assert not list(fresh.iterdir())
 

@@ -30,11 +30,7 @@ def test_every_optimizer_trains_under_a_cycle(dls, tiny_model, opt):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(),
-        dict(div=7.0, div_final=70.0, pct_start=0.4, moms=(0.95, 0.85, 0.9)),
-        dict(lr_max=slice(0.01, 0.1)),
-    ],
+    [dict(), dict(div=7.0, div_final=70.0, pct_start=0.4, moms=(0.95, 0.85, 0.9)), dict(lr_max=slice(0.01, 0.1))],
 )
 def test_the_one_cycle_is_fastais_to_the_number(dls, tiny_model, settings):
     seen = []

@@ -107,11 +107,7 @@ def test_auto_takes_bf16_on_a_cpu_only_where_the_hardware_has_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, device, message",
-    [
-        ("fp16", CPU, "on a CPU take bf16 or fp32"),
-        ("bf61", CPU, "did you mean bf16"),
-    ],
+    "name, device, message", [("fp16", CPU, "on a CPU take bf16 or fp32"), ("bf61", CPU, "did you mean bf16")]
 )
 def test_precisions_that_cannot_be(name, device, message):
     with pytest.raises(InputError, match=message):

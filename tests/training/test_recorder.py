@@ -60,12 +60,7 @@ def _reads_in_training(learn):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(),
-        dict(precision="bf16"),
-        dict(opt="adam"),
-        dict(cbs=[StopOnBadLoss(), L1Penalty(1e-5)]),
-    ],
+    [dict(), dict(precision="bf16"), dict(opt="adam"), dict(cbs=[StopOnBadLoss(), L1Penalty(1e-5)])],
     ids=["fp32", "bf16", "adam", "guarded"],
 )
 def test_fewer_than_one_read_in_ten_steps(tiny_images, settings):
