@@ -1,11 +1,12 @@
-"""The files of a data set, in a folder or in a tar archive: seen alike, and nothing about them taken on trust.
+"""The files of a data set, in a folder or in a tar archive of unknown origin, behind one interface.
 
-An archive is read where it lies and never extracted, so no name in it can reach a file outside; names that try to,
-links and devices are refused all the same, and so is an archive that would unpack into more than memory should hold.
+An archive is unpacked into memory, within bounds, and never extracted, so no name in it can reach a file outside.
+Names that try to, links and devices are refused all the same.
 """
 
 import gzip
 import hashlib
+import io
 import os
 import re
 import stat
@@ -13,312 +14,182 @@ import tarfile
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from cifar_fastai.errors import InputError, printable, reason
 
-__all__ = ["MAX_FILES", "MAX_FILE_BYTES", "MAX_TOTAL_BYTES", "Archive", "Entry", "Folder", "open_source"]
-
+SPLITS = ("train", "test")
+BATCH_FILES = ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+MARKS = {*SPLITS, *BATCH_FILES}  # names at the top of a data set
 MAX_FILES = 200_000
-MAX_FILE_BYTES = 64 * 2**20
-MAX_TOTAL_BYTES = 2 * 2**30
-_MAX_HEADER_BYTES = 64 * 2**10  # of one extended header: a long name, or pax records
-_MAX_NAME = 255  # of one part of a path, as file systems have it
-_BLOCK = 512  # a tar archive is made of these
+MAX_TOTAL_BYTES = 2**30  # of an unpacked archive
+_MAX_HEADER_BYTES = 2**16  # of a long name, or of pax records
+_JUNK = {"__macosx", "thumbs.db", "desktop.ini"}  # left by file managers
 
 
-class Entry(NamedTuple):
-    """A file or folder of a source, its name relative to the folder that holds the splits or the batches."""
-
-    parts: tuple
-    is_dir: bool
-    size: int  # bytes
-    offset: int = 0  # of the content, in an unpacked archive
-    stamp: tuple = ()  # times of the last change in a folder, in ns
-
-    @property
-    def name(self):
-        return "/".join(self.parts)
-
-
-def open_source(path, marks):
-    """The `Folder` or `Archive` at `path`, with the files that lie beside the `marks` (names of folders or files).
-
-    The marks lie in `path` itself or in a single folder on top. Raises InputError where `path` is neither.
-    """
-    try:
+def open_source(path):
+    """The `Folder` or `Archive` at `path`. Raises InputError."""
+    with reading(path or "''", "cannot be read", "give a folder, a .tgz or .tar archive, or auto, cifar10, digits"):
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise InputError(
-            f"{printable(path) or repr('')}: not found; give a folder, a .tgz or .tar archive, or auto, cifar10, digits"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{printable(path)}: cannot be read ({reason(error)}); give another path") from None
-    if stat.S_ISDIR(mode):
-        return Folder(path, marks)
-    if stat.S_ISREG(mode):
-        return Archive(path, marks)
-    raise InputError(f"{printable(path)}: neither a folder nor a file; give a folder, or a .tgz or .tar archive")
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise ValueError("neither a folder nor a file")
+        return Folder(path) if stat.S_ISDIR(mode) else Archive(path)
 
 
-class Folder:
-    """A data set in a folder. Links are followed, since a folder is its owner's own; a tar archive is a stranger's."""
+@contextmanager
+def reading(where, problem, hint):
+    """Turn every error into InputError: hostile files end in ValueError, RecursionError, struct.error and others."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        where = printable(getattr(error, "filename", None) or where)
+        raise InputError(f"{where}: {problem} ({reason(error)}); {hint}") from None
 
-    def __init__(self, path, marks):
-        self.path, self.marks = Path(path), frozenset(marks)
+
+class Source:
+    """The files of a data set at `path`. Visible ones under the marks count, which are at the top or one folder below.
+
+    `key()` is a hash that changes with the files. `_members` are a dict by the parts of a file's name below `path`.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        name = os.path.basename(os.path.abspath(path))
+        self.stem = printable(re.sub(r"(\.tar)?(\.t?gz|\.tar)$", "", name, flags=re.IGNORECASE))
 
     @cached_property
     def root(self):
-        names = [(child.name,) for child in self._scan(())]
-        if not self.marks.intersection(top for (top,) in names):
-            tops = [child.name for child in self._scan(()) if child.is_dir()]
-            names += [(top, child.name) for top in tops for child in self._scan((top,))]
-        return _find_root(names, self.marks, self.path)
-
-    @property
-    def stem(self):
-        return printable(self.path.resolve().name)
+        """The name of the folder that holds the marks, or "" for the source itself."""
+        tops = [parts[0] for parts in self._members if MARKS.intersection(parts[1:2])]
+        roots = [""] if any(parts[0] in MARKS for parts in self._members) else sorted(set(tops))
+        if len(roots) != 1:
+            names = ", ".join(map(printable, roots[:4])) or "none"
+            marks = "train and test folders or CIFAR-10's batches"
+            raise InputError(f"{printable(self.path)}: must hold one data set, {marks}; it holds {names}")
+        return roots[0]
 
     @cached_property
-    def entries(self):
-        """Everything beside the marks, three folders deep, without hidden files: a list of `Entry`."""
-        entries = []
-        self._walk((), entries)
-        return entries
+    def files(self):
+        """A dict whose keys are names, tuples of their parts from a mark on."""
+        top = (self.root,) if self.root else ()
+        inside = {parts[len(top) :]: value for parts, value in self._members.items() if parts[: len(top)] == top}
+        return {name: value for name, value in inside.items() if MARKS.intersection(name[:1])}
+
+    def read(self, name, max_bytes):
+        """The content of a file. Raises InputError where it cannot be read or is larger than `max_bytes`."""
+        content = self._read(name, max_bytes + 1)
+        if len(content) > max_bytes:
+            raise InputError(f"{self.where(name)}: more than {max_bytes:,} bytes; remove or shrink it")
+        return content
+
+    def where(self, name):
+        """A file's place for an error message."""
+        return printable(f"{self.path}{self.separator}{PurePosixPath(self.root, *name)}")
+
+
+class Folder(Source):
+    """A data set in a folder. Links are followed, since a folder is its owner's own."""
+
+    separator, problem = "/", ("cannot be read", "repair or remove it")
+
+    @cached_property
+    def _members(self):
+        """{parts: (size, times of change)}, four folders deep."""
+        files, folders = {}, [()]
+        with reading(self.path, *self.problem):
+            for parents in folders:  # which grows
+                folder = os.path.join(self.path, *parents)
+                children = sorted(child for child in os.listdir(folder) if not _is_hidden(child))
+                if not MARKS.intersection(parents):  # neighbours of any size do no harm
+                    tops = [name for name in children if not parents and os.path.isdir(os.path.join(folder, name))]
+                    children = [child for child in children if child in MARKS] or tops
+                for child in children:
+                    parts, path = (*parents, child), os.path.join(folder, child)
+                    info = os.stat(path)  # fails for a link to nowhere
+                    if stat.S_ISREG(info.st_mode):
+                        files[parts] = info.st_size, info.st_mtime_ns, info.st_ctime_ns
+                    elif not stat.S_ISDIR(info.st_mode):
+                        raise OSError(None, "not a regular file", path)
+                    elif len(parts) < 5:
+                        folders.append(parts)
+                    if len(files) + len(folders) > MAX_FILES:
+                        raise ValueError(f"more than {MAX_FILES:,} files")
+        return files
 
     def key(self):
-        """A hash of where the folder is and of every file's name, size and times of change; contents are not read.
+        """A file that was altered in place has a new time of change (ctime), even where size and date were put back."""
+        place = str(self.path.resolve())  # fastai gives paths another repr
+        return hashlib.sha256(repr((place, sorted(self._members.items()))).encode()).hexdigest()
 
-        A file that was altered in place has a new time of change (ctime), even where size and date were put back.
-        """
-        digest = hashlib.sha256(os.fsencode(self.path.joinpath(*self.root).resolve()))
-        for entry in sorted(self.entries):
-            digest.update(f"\n{entry.name}\0{entry.is_dir}\0{entry.size}\0{entry.stamp}".encode())
-        return digest.hexdigest()
-
-    def read(self, entries, max_bytes):
-        """Yield `(i, content)` for every one of `entries`. Raises InputError that names the file."""
-        for i, entry in enumerate(entries):
-            _check_size(entry, max_bytes, self)
-            try:
-                yield i, self.path.joinpath(*self.root, *entry.parts).read_bytes()
-            except OSError as error:
-                raise InputError(f"{self.where(entry)}: cannot be read ({reason(error)}); mend or remove it") from None
-
-    def where(self, entry):
-        """The entry's name for an error message."""
-        return printable(self.path.joinpath(*self.root, *entry.parts))
-
-    def _walk(self, parts, entries):
-        """Add what lies in the folder `parts` to `entries`. At the top only the marks are looked at, so that neighbours
-        of any size do no harm."""
-        for child in self._scan((*self.root, *parts)):
-            if not parts and child.name not in self.marks:
-                continue
-            try:
-                is_dir, info = child.is_dir(), child.stat()
-            except OSError as error:  # a link to nowhere
-                raise InputError(f"{printable(child.path)}: cannot be read ({reason(error)}); remove it") from None
-            _check_name(child.name, child.path)
-            inside = (*parts, child.name)
-            if is_dir:
-                entries.append(Entry(inside, True, 0))
-                if len(inside) < 3:
-                    self._walk(inside, entries)
-            elif stat.S_ISREG(info.st_mode):
-                entries.append(Entry(inside, False, info.st_size, stamp=(info.st_mtime_ns, info.st_ctime_ns)))
-            else:
-                raise InputError(f"{printable(child.path)}: not a regular file; remove it")
-            if len(entries) > MAX_FILES:
-                raise InputError(f"{printable(self.path)}: holds more than {MAX_FILES:,} files; give a smaller set")
-
-    def _scan(self, parts):
-        """What lies in the folder `parts` and is not hidden, sorted by name: a list of `os.DirEntry`."""
-        folder = self.path.joinpath(*parts)
-        try:
-            with os.scandir(folder) as found:
-                return sorted((child for child in found if not _hidden(child.name)), key=lambda child: child.name)
-        except OSError as error:
-            raise InputError(f"{printable(folder)}: cannot be read ({reason(error)}); mend or remove it") from None
+    def _read(self, name, size):
+        with reading(self.path, *self.problem), open(self.path.joinpath(self.root, *name), "rb") as file:
+            return file.read(size)
 
 
-class Archive:
+class Archive(Source):
     """A data set in a tar archive, plain or packed with gzip."""
 
-    def __init__(self, path, marks):
-        self.path, self.marks = Path(path), frozenset(marks)
+    separator = ": "
+    problem = "not an archive, or a damaged one", "give a complete .tgz or .tar archive of up to 1 GB"
 
-    @property
-    def root(self):
-        return self._listing[0]
-
-    @property
-    def stem(self):
-        return printable(re.sub(r"(\.tar)?(\.t?gz|\.tar)$", "", self.path.name, flags=re.IGNORECASE))
-
-    @property
-    def entries(self):
-        """Everything beside the marks without hidden files, in the archive's order: a list of `Entry`."""
-        return self._listing[1]
+    def __init__(self, path):
+        super().__init__(path)
+        with reading(self.path, *self.problem):  # a large file of another kind is not hashed
+            tarfile.TarInfo.frombuf(self._unpack(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
 
     def key(self):
-        """A hash of the archive's bytes."""
-        try:
-            with open(self.path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{printable(self.path)}: cannot be read ({reason(error)})") from None
-
-    def read(self, entries, max_bytes):
-        """Yield `(i, content)` for every one of `entries`, in the archive's order. Raises InputError."""
-        for entry in entries:
-            _check_size(entry, max_bytes, self)
-        with self._open() as stream:
-            for i in sorted(range(len(entries)), key=lambda i: entries[i].offset):
-                stream.seek(entries[i].offset)
-                content = stream.read(entries[i].size)
-                if len(content) != entries[i].size:
-                    raise EOFError("the file ends early")
-                yield i, content
-
-    def where(self, entry):
-        """The entry's name for an error message."""
-        return f"{printable(self.path)}: {printable('/'.join((*self.root, *entry.parts)))}"
+        """Of the archive's bytes."""
+        with reading(self.path, *self.problem), open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
-    def _listing(self):
-        """`(root, entries)` after a pass over the whole archive, in which every member was checked."""
-        found = {}
-        with self._open() as stream:
-            self._check_is_tar(stream.read(_BLOCK))
-            stream.seek(0)
-            stream.max_read = _MAX_HEADER_BYTES
-            for count, info in enumerate(tarfile.open(fileobj=stream, mode="r:", encoding="utf-8"), start=1):
-                if count > MAX_FILES:
-                    raise InputError(f"{printable(self.path)}: holds more than {MAX_FILES:,} files; give a smaller set")
-                entry = self._checked(info)
-                if any(map(_hidden, entry.parts)):
-                    continue
-                if entry.parts in found and not (entry.is_dir and found[entry.parts].is_dir):
-                    raise InputError(f"{printable(self.path)}: holds {printable(entry.name)} twice; pack it again")
-                found[entry.parts] = entry
-            if len(stream.last) != _BLOCK or any(stream.last):  # tarfile takes a damaged header for the end
-                raise EOFError("no end marker" if not stream.last else "a damaged header")
-            while stream.read(_MAX_HEADER_BYTES):  # to the very end, where gzip compares its checksum
-                pass
-        found.pop((), None)
-        root = _find_root(list(found), self.marks, self.path)
-        inside = [
-            entry._replace(parts=entry.parts[len(root) :])
-            for entry in found.values()
-            if entry.parts[: len(root)] == root and len(entry.parts) > len(root)
-        ]
-        return root, inside
+    def _members(self):
+        """{parts of the name: content} of all visible files, after a check of every header."""
+        members = {}
+        with reading(self.path, *self.problem):
+            content = self._unpack(MAX_TOTAL_BYTES + 1)  # to the end, where gzip compares its checksum
+            if len(content) > MAX_TOTAL_BYTES:
+                raise ValueError(f"more than {MAX_TOTAL_BYTES / 2**30:g} GB when unpacked")
+            view, stream = memoryview(content), io.BytesIO(content)  # neither copies it
+            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", tarinfo=_Header) as tar:
+                for count, info in enumerate(tar):
+                    if count == MAX_FILES:
+                        raise ValueError(f"more than {MAX_FILES:,} files")
+                    parts, end = PurePosixPath(info.name).parts, info.offset_data + info.size
+                    is_outside = {"/", "//", ".."}.intersection(parts) or "\\" in info.name or info.name[1:2] == ":"
+                    if is_outside or not (info.isreg() or info.isdir()) or info.issparse():
+                        refusal = "a link, a special file, or a name that leads outside; pack plain files only"
+                        raise InputError(f"{printable(f'{self.path}: {info.name}')}: {refusal} (tar --dereference)")
+                    if not info.offset_data <= end <= len(content):
+                        raise EOFError("the file ends early")
+                    if parts and info.isreg() and not any(map(_is_hidden, parts)):
+                        members[parts] = view[info.offset_data : end]
+                if view[tar.offset :][: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):  # where tarfile ends silently
+                    raise EOFError("a damaged header, or no end marker")
+        return members
 
-    def _checked(self, info):
-        """The member as an `Entry`. Raises InputError for one that an honest archive would not hold."""
-        where = f"{printable(self.path)}: {printable(info.name)}"
-        path = PurePosixPath(info.name)
-        if path.is_absolute() or ".." in path.parts or "\\" in info.name or info.name[1:2] == ":":
-            raise InputError(f"{where}: a name that leads outside the archive; get the archive from elsewhere")
-        if not (info.isreg() or info.isdir()) or info.issparse():
-            raise InputError(f"{where}: a link or special file; pack plain files only (tar --dereference)")
-        if info.size < 0:
-            raise EOFError(f"{info.size} bytes in one file")
-        if info.isreg() and info.size > MAX_FILE_BYTES:
-            raise InputError(
-                f"{where}: {info.size:,} bytes is more than any file of a data set of 32x32 images has; remove it"
-            )
-        if not any(map(_hidden, path.parts)):
-            for part in path.parts:
-                _check_name(part, where)
-        return Entry(path.parts, info.isdir(), info.size if info.isreg() else 0, offset=info.offset_data)
+    def _read(self, name, size):
+        return bytes(self.files[name][:size])
 
-    def _check_is_tar(self, block):
-        try:
-            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            if len(block) == _BLOCK and not any(block):
-                return  # an archive of nothing: the search for a root says so
-            raise InputError(
-                f"{printable(self.path)}: not a tar archive; give a folder, or a .tgz or .tar archive"
-            ) from None
-
-    @contextmanager
-    def _open(self):
-        """The unpacked archive as a stream. Whatever fails in the block becomes an InputError: a hostile header ends
-        tarfile's parsing in more ways than can be listed (ValueError, RecursionError, KeyError, ...)."""
-        try:
-            with open(self.path, "rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-                file.seek(0)
-                with gzip.GzipFile(fileobj=file) if packed else file as unpacked:
-                    yield _Bounded(unpacked, printable(self.path))
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{printable(self.path)}: a truncated or damaged archive ({reason(error)}); download or pack it again"
-            ) from None
+    def _unpack(self, size):
+        """The first `size` bytes of the unpacked archive, or all of it where it is shorter."""
+        with open(self.path, "rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            return (gzip.GzipFile(fileobj=file) if is_packed else file).read(size)
 
 
-class _Bounded:
-    """An unpacked stream that gives up, rather than fill the memory, when an archive unpacks into too much."""
+class _Header(tarfile.TarInfo):
+    """A header of a tar archive whose extension is bounded."""
 
-    def __init__(self, file, name):
-        self.file, self.name = file, name
-        self.max_read = MAX_FILE_BYTES
-        self.last = b""  # what the last read gave
-
-    def tell(self):
-        return self.file.tell()
-
-    def seek(self, offset):
-        self._check(offset)
-        return self.file.seek(offset)
-
-    def read(self, size):
-        if not 0 <= size <= self.max_read:
-            raise InputError(f"{self.name}: a header of {size:,} bytes; pack the archive again")
-        self._check(self.file.tell() + size)
-        self.last = self.file.read(size)
-        return self.last
-
-    def _check(self, offset):
-        if offset > MAX_TOTAL_BYTES:
-            raise InputError(f"{self.name}: unpacks into more than {MAX_TOTAL_BYTES // 2**30} GB; give a smaller set")
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.type not in tarfile.REGULAR_TYPES and not 0 <= header.size <= _MAX_HEADER_BYTES:
+            raise EOFError(f"a header of {header.size:,} bytes")
+        return header
 
 
-def _find_root(names, marks, path):
-    """The folder that holds the marks: () for the source itself, or (name,) for a folder on top."""
-    tops = sorted({parts[0] for parts in names})
-    if marks.intersection(tops):
-        return ()
-    roots = sorted({parts[:1] for parts in names if len(parts) > 1 and parts[1] in marks})
-    if len(roots) == 1:
-        return roots[0]
-    if roots:
-        found = ", ".join(printable(root[0]) for root in roots[:4])
-        raise InputError(f"{printable(path)}: holds several data sets ({found}); give one of them")
-    found = ", ".join(map(printable, tops[:4])) + (", ..." if len(tops) > 4 else "") if tops else "nothing"
-    raise InputError(
-        f"{printable(path)}: holds neither train and test folders nor CIFAR-10's batches (found: {found}); "
-        "give the folder or archive that does"
-    )
-
-
-def _check_name(name, where):
-    if not name.isprintable() or len(name) > _MAX_NAME:
-        raise InputError(f"{printable(where)}: a name of control characters, or of more than {_MAX_NAME}; rename it")
-
-
-def _check_size(entry, max_bytes, source):
-    if entry.size > max_bytes:
-        raise InputError(
-            f"{source.where(entry)}: {entry.size:,} bytes, more than the {max_bytes:,} that such a file "
-            "may have; remove it or make it smaller"
-        )
-
-
-def _hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
+def _is_hidden(name):
+    return name.startswith(".") or name.lower() in _JUNK
