@@ -1,19 +1,17 @@
-"""What fastai lacks: an L1 penalty, clipping by value, an average of the weights, a stop at the first bad loss."""
+"""Regularisers, guards and early stopping that fastai lacks or does with a wait at every step."""
 
 import math
 
 import torch
-from fastai.callback.core import Callback
-from torch.optim.swa_utils import AveragedModel
+from fastai.callback.core import Callback, CancelFitException
 
 from cifar_fastai.errors import RunError
-from cifar_fastai.training.recorder import Bounded
-
-__all__ = ["ClipValue", "L1Penalty", "StopOnBadLoss", "WeightAverage"]
+from cifar_fastai.training.checkpoint import save_torch
+from cifar_fastai.training.recorder import Bounded, FitCallback
 
 
 class L1Penalty(Callback):
-    """Add `weight` times the sum of |w| over convolution and linear weights to what is differentiated.
+    """Add `weight` times the sum of |w| over convolution and linear weights to the loss that is differentiated.
 
     The loss that is reported stays the learner's loss function.
     """
@@ -39,7 +37,7 @@ class ClipValue(Callback):
         torch.nn.utils.clip_grad_value_(self.model.parameters(), self.limit)
 
 
-class WeightAverage(Callback):
+class WeightAverage(FitCallback):
     """An exponential moving average of weights and batch-norm statistics, which is evaluated in place of the model.
 
     average <- d * average + (1 - d) * weights after every step, d = min(decay, (1 + n) / (10 + n)) at update n, so
@@ -47,89 +45,98 @@ class WeightAverage(Callback):
     the fit the averaged ones. Polyak & Juditsky: Acceleration of stochastic approximation by averaging, 1992.
     """
 
-    order = 80
+    order, rests_in, saved = 80, ("lr_finder",), ("average", "n_updates")
+    average, raw, _stateattrs = None, None, ("average", "raw")  # both {name: tensor}, as a state dict
 
     def __init__(self, decay):
-        self.decay, self.average, self.raw, self.n_updates = decay, None, None, 0
+        self.decay, self.n_updates = decay, 0
 
-    def decay_at(self, n):
-        """The decay of update `n`, counted from 0."""
-        return min(self.decay, (1 + n) / (10 + n))
+    def _copy(self):
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def before_train(self):
-        if hasattr(self.learn, "lr_finder"):
-            return
         if self.average is None:
-            self.average = AveragedModel(self.model, multi_avg_fn=self._lerp, use_buffers=True)
-            self.average.n_averaged.fill_(1)  # the copy it starts from counts as the first
+            self.average = self._copy()
         if self.raw is not None:
             self.model.load_state_dict(self.raw)
             self.raw = None
 
-    def _lerp(self, averaged, current, n_averaged):
-        weight = 1 - self.decay_at(self.n_updates)
-        for old, new in zip(averaged, current, strict=True):
-            old.lerp_(new, weight) if old.is_floating_point() else old.copy_(new)
-
     def after_batch(self):
-        if self.training and not hasattr(self.learn, "lr_finder"):
-            self.average.update_parameters(self.model)
+        if self.training:
+            share = 1 - min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
+            for name, weight in self.model.state_dict().items():
+                average = self.average[name]
+                average.lerp_(weight, share) if average.is_floating_point() else average.copy_(weight)
             self.n_updates += 1
 
     def before_validate(self):
-        if self.average is not None and self.raw is None and not hasattr(self.learn, "lr_finder"):
-            self.raw = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self.model.load_state_dict(self.average.module.state_dict())
-
-    def __getstate__(self):
-        return {**self.__dict__, "average": None, "raw": None}
+        if self.average is not None and self.raw is None:
+            self.raw = self._copy()
+            self.model.load_state_dict(self.average)
 
 
-class StopOnBadLoss(Callback):
+class StopOnBadLoss(FitCallback):
     """Stop with a RunError when the loss is NaN or infinite, naming the first such step and its learning rate.
 
     Also when it is so on the split that is evaluated, where the last step of an epoch shows.
     The first bad step is kept on the device and read now and then, so that no step waits for it.
     """
 
-    order, run_valid = 55, False
+    order, run_valid, _stateattrs = 55, False, ("bad_step", "reads")
 
     def before_fit(self):
-        self.bad_step, self.reads = None, Bounded()
+        self.bad_step, self.reads = torch.tensor(-1, device=self.dls.device), Bounded()
 
     def after_batch(self):
-        if hasattr(self.learn, "lr_finder"):
-            return  # a range test ends by diverging
-        bad = ~torch.isfinite(self.loss.detach()).all()
-        if self.bad_step is None:
-            self.bad_step = torch.full((), -1, dtype=torch.long, device=bad.device)
         step = len(self.recorder.lrs) - 1
-        self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
+        is_bad = ~torch.isfinite(self.loss.detach()).all()
+        self.bad_step = torch.where(is_bad & (self.bad_step < 0), step, self.bad_step)
         if self.reads.due(step):
-            self._check()
+            self.after_train()
 
     def after_train(self):
-        if not hasattr(self.learn, "lr_finder"):
-            self._check()
-
-    def _check(self):
-        step = -1 if self.bad_step is None else self.bad_step.item()
+        step = self.bad_step.item()
         if step >= 0:
-            lr = float(self.recorder.lrs[step])
-            n_iter = len(self.dls.train)
-            self._stop(f"the loss is not a number since step {step % n_iter + 1} of epoch {self.epoch + 1}", lr)
+            place = f"since step {step % len(self.dls.train) + 1} of epoch {self.epoch + 1}"
+            self._stop(f"the loss is not a number {place}", self.recorder.lrs[step])
 
     def after_validate(self):
-        if not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds") and self.recorder.lrs:
-            loss = self.recorder.loss.value
-            if loss is not None and not math.isfinite(loss):
-                self._stop(
-                    f"the loss on the evaluated images is not a number after epoch {self.epoch + 1}",
-                    float(self.recorder.lrs[-1]),
-                )
+        loss = self.recorder.loss.value
+        if self.recorder.lrs and loss is not None and not math.isfinite(loss):
+            place = f"after epoch {self.epoch + 1}"
+            self._stop(f"the loss on the evaluated images is not a number {place}", self.recorder.lrs[-1])
 
-    def _stop(self, what, lr):
-        raise RunError(f"{what} (lr {lr:.3g}); try a lower --lr, --clip 1 or --precision fp32")
+    def _stop(self, message, lr):
+        raise RunError(f"{message} (lr {lr:.3g}); try a lower `lr`, `clip` 1 or `precision` fp32")
 
-    def __getstate__(self):
-        return {**self.__dict__, "bad_step": None, "reads": None}
+
+class KeepBest(FitCallback):
+    """Write the weights of the best validation accuracy to `path`; end the fit after `patience` epochs without one.
+
+    `path` None writes none, `patience` None never ends. For the validation split only: nothing is chosen on test.
+    """
+
+    order, saved = 110, ("best", "waited")  # it ends the fit after `Checkpoint` has written the epoch
+
+    def __init__(self, path=None, patience=None):
+        self.path, self.patience = path, patience
+        self.best, self.waited = -1.0, 0
+
+    @property
+    def done(self):
+        """Whether the patience is at its end."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def after_validate(self):
+        accuracy = self.recorder.metrics[0].value
+        if accuracy > self.best:
+            self.best, self.waited = accuracy, 0
+            if self.path is not None:
+                save_torch(self.path, self.model.state_dict())
+        else:
+            self.waited += 1
+
+    def after_epoch(self):
+        if self.done:
+            print(f"stopped: {self.waited} epochs without a better validation accuracy than {self.best:.2%}")
+            raise CancelFitException

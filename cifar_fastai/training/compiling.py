@@ -1,4 +1,4 @@
-"""torch.compile where it pays, and eager where it does not or fails."""
+"""torch.compile where it pays; without it where it does not pay or fails."""
 
 import logging
 import shutil
@@ -7,9 +7,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
+from cifar_fastai.settings import check_values
 from cifar_fastai.training.winograd import plain_convolutions, winograd_convolutions
-
-__all__ = ["choose_compile", "compile_model", "uncompile"]
 
 # Images a run must train on before compiling for one to three minutes earns that back on a CPU.
 _WORTH_IT = 50_000
@@ -17,15 +16,15 @@ _WORTH_IT = 50_000
 
 def choose_compile(name, device, n_images):
     """(compile?, reason) for `name` auto, yes or no, in a run that trains on `n_images` images, all epochs counted."""
+    name = check_values(compile=name)["compile"]
     if name != "auto":
-        return name == "yes", "as asked"
+        return name == "yes", "as requested"
     if device.type != "cpu":
-        return False, "20 epochs on a GPU end before it pays; --compile yes takes it"
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++", "cl")):
-        return False, "no C++ compiler is here"
-    if n_images < _WORTH_IT:
-        return False, "the run is too short to earn it back"
-    return True, "the run is long enough to earn it back"
+        return False, "20 epochs on a GPU end before it pays"
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        return False, "there is no C++ compiler"
+    is_long = n_images >= _WORTH_IT
+    return is_long, f"the run is {'long enough' if is_long else 'too short'}"
 
 
 def compile_model(model, batch, autocast=None, winograd=True):
@@ -36,7 +35,7 @@ def compile_model(model, batch, autocast=None, winograd=True):
     and the CPU's random state are as before. On a CPU in float32 the 3x3 convolutions become Winograd's
     (`winograd_convolutions`), unless `winograd` is False.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA toolkit without a GPU
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
     if winograd and batch.device.type == "cpu":
@@ -58,7 +57,7 @@ def compile_model(model, batch, autocast=None, winograd=True):
 
 
 def uncompile(model):
-    """Take a compiled model back to eager, in place."""
+    """Undo `compile_model`, in place."""
     model._compiled_call_impl = None
     plain_convolutions(model)
     torch._dynamo.reset()

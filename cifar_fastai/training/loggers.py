@@ -1,88 +1,79 @@
-"""TensorBoard logs of a run, through torch's SummaryWriter.
+"""TensorBoard logs of a run, written without a thread, so that a full disk ends in one error.
 
 fastai's `TensorBoardCallback` traces the model, which fails under mixed precision, and reads the loss at every step.
 """
 
-import threading
-from contextlib import contextmanager
+import io
+import os
+import socket
+import time
+from pathlib import Path
 
 import torch
-from fastai.callback.core import Callback
+from PIL import Image
 
-from cifar_fastai.errors import RunError
-
-__all__ = ["TensorBoardLog"]
+from cifar_fastai.training.recorder import FitCallback
 
 
-class TensorBoardLog(Callback):
+class TensorBoardLog(FitCallback):
     """Losses, accuracies, learning rate and momentum into `folder`: per step, written when an epoch ends.
 
-    The numbers of an epoch stand at its last step: a run that goes on hides, by their step, those of an epoch that it
-    does again.
+    The numbers of an epoch stand at its last step. A resumed run hides, by their step, those of an epoch that it
+    repeats.
     """
 
-    order = 75
+    order, file = 75, None
 
     def __init__(self, folder):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise RunError("--tensorboard: pip install tensorboard") from None
-        self.folder, self._open = str(folder), SummaryWriter
-        self.writer = None
+        self.folder = Path(folder)
 
     def before_train(self):
         self.losses = []
 
     def after_batch(self):
-        if self.training and hasattr(self.learn, "run_log"):
+        if self.training:
             self.losses.append(self.loss.detach())
 
     def after_epoch(self):
-        log = getattr(self.learn, "run_log", None)
-        if log is None or log.trained_epoch != self.epoch:
+        history = self.learn.history
+        if history.trained_epoch != self.epoch:
             return
-        end = len(log.lrs)
+        end = len(history.lrs)
         start = end - len(self.losses)
-        with self._writing(purge_step=start or None) as writer:
-            for step, loss in enumerate(torch.stack(self.losses).tolist(), start):
-                writer.add_scalar("step/loss", loss, step)
-                writer.add_scalar("step/lr", log.lrs[step], step)
-                if log.moms[step] is not None:
-                    writer.add_scalar("step/momentum", log.moms[step], step)
-            for name, value in log.rows[-1].items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(f"epoch/{name}", value, end - 1)
-        self.losses = []
+        steps = dict(loss=torch.stack(self.losses).tolist(), lr=history.lrs[start:], momentum=history.moms[start:])
+        values = [(f"step/{name}", value, k) for name in steps for k, value in enumerate(steps[name], start)]
+        values += [(f"epoch/{name}", value, end - 1) for name, value in history.rows[-1].items() if name != "epoch"]
+        values = [(tag, {"simple_value": value}, step) for tag, value, step in values if value is not None]
+        self._write(values, purge_step=start)
 
     def add_pictures(self, pictures):
-        """Add `{name: Figure}` as images and close the log."""
-        with self._writing() as writer:
-            for name, figure in pictures.items():
-                writer.add_figure(f"pictures/{name}", figure, close=False)
-        self.writer.close()
-        self.writer = None
+        """Add `{name: Figure}` as images."""
+        values = []
+        for name, figure in pictures.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            (width, height), png = Image.open(buffer).size, buffer.getvalue()
+            image = dict(width=width, height=height, colorspace=4, encoded_image_string=png)  # 4: RGBA
+            values.append((f"pictures/{name}", {"image": image}, 0))
+        self._write(values)
 
-    @contextmanager
-    def _writing(self, purge_step=None):
-        """The writer, flushed at the end; a new one hides what an interrupted run wrote at `purge_step` and later."""
-        threading.excepthook = _quiet
+    def _write(self, values, purge_step=0):
+        """Append `values`, tuples of (tag, value, step); TensorBoard hides older files' values from `purge_step` on."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        events = [Event(wall_time=now, step=step, summary={"value": [{"tag": tag, **x}]}) for tag, x, step in values]
         try:
-            if self.writer is None:
-                self.writer = self._open(self.folder, purge_step=purge_step)
-            yield self.writer
-            self.writer.flush()
+            if self.file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.file = self.folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}"
+                starts = [dict(file_version="brain.Event:2"), dict(session_log={"status": 1})]  # 1: START, which hides
+                starts = starts if purge_step else starts[:1]
+                events = [*(Event(wall_time=now, step=purge_step, **start) for start in starts), *events]
+            with open(self.file, "ab") as file:
+                writer = RecordWriter(file)
+                for event in events:
+                    writer.write(event.SerializeToString())
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self.folder) from None
-
-    def __getstate__(self):
-        return {"folder": self.folder}
-
-
-_excepthook = threading.excepthook
-
-
-def _quiet(args):
-    """An error in the thread that writes is raised again where it was told to write; once is enough."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        _excepthook(args)
+            raise OSError(error.errno, error.strerror, str(self.folder)) from None

@@ -1,19 +1,17 @@
 """The learning-rate range test as numbers: fastai's `lr_find`, with everything put back as it was, whatever happens."""
 
+import math
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from fastai.callback.schedule import SuggestionMethod
+from fastai.callback.schedule import LRFinder, SuggestionMethod
 
-from cifar_fastai.errors import RunError
-from cifar_fastai.names import SUGGESTIONS
+from cifar_fastai.errors import InputError, RunError
 from cifar_fastai.plots.charts import plot_lr_find
+from cifar_fastai.settings import choices
 from cifar_fastai.training.checkpoint import random_states, set_random_states
-
-__all__ = ["RangeTest", "range_test", "untouched"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,17 @@ class RangeTest:
 
 @contextmanager
 def untouched(learn):
-    """Put the learner's weights, optimizer and every random state back when the block ends, also by an interrupt."""
+    """Restore the learner's weights, optimizer, callbacks and every random state when the block ends, however it ends.
+
+    The learner's `model_dir` is a temporary folder in the block.
+    """
     weights = {name: value.clone() for name, value in learn.model.state_dict().items()}
     opt = None if learn.opt is None else learn.opt.state_dict()
-    states, training, loss_func = random_states(learn.dls), learn.model.training, learn.loss_func
+    states, training = random_states(learn.dls), learn.model.training
+    loss_func, model_dir = learn.loss_func, learn.model_dir
     try:
-        yield
+        with tempfile.TemporaryDirectory() as learn.model_dir:
+            yield
     finally:
         learn.model.load_state_dict(weights)
         learn.model.zero_grad()
@@ -45,44 +48,39 @@ def untouched(learn):
         if opt is not None:
             learn.create_opt()
             learn.opt.load_state_dict(opt)
-        learn.loss_func = loss_func  # MixUp puts its own there
-        learn("after_cancel_batch")  # leaves autocast, if an interrupt came within
+        learn.loss_func, learn.model_dir = loss_func, model_dir  # MixUp replaces the loss
+        learn.remove_cbs(learn._grab_cbs(LRFinder))  # an interrupt may leave it
+        learn("after_cancel_batch")  # leaves autocast after an interrupt
         set_random_states(states, learn.dls)
 
 
-def range_test(learn, start_lr=1e-5, end_lr=10, num_it=100):
+def check_range(start_lr, end_lr, num_it):
+    """Raise InputError for arguments that no range test can use."""
+    if not 0 < start_lr < end_lr < math.inf:
+        raise InputError("the first must lie between 0 and the second", start_lr=start_lr, end_lr=end_lr)
+    if num_it < 20:
+        raise InputError("must be at least 20 steps", num_it=num_it)
+
+
+def range_test(learn, start_lr=1e-5, end_lr=10.0, num_it=100):
     """Train `num_it` steps while the learning rate grows from `start_lr` to `end_lr`; a RangeTest.
 
-    On train images alone; the learner and the random states are afterwards as before, but for `learn.range_test`, which
-    keeps the result for `write_run`. Smith: Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186.
-    RunError when the loss is never a number.
+    On train images alone; the learner and the random states are afterwards as before, except for `learn.range_test`,
+    which keeps the result for `write_run`. Smith: Cyclical Learning Rates for Training Neural Networks,
+    arXiv:1506.01186. InputError for wrong arguments; RunError when too few steps have a finite loss.
     """
-    model_dir = learn.model_dir
-    with untouched(learn), tempfile.TemporaryDirectory() as folder:
-        learn.model_dir = folder  # lr_find saves the model beside others otherwise
-        try:
-            learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=None, show_plot=False)
-            lrs = [float(lr) for lr in learn.recorder.lrs]
-            losses = [float(loss) for loss in learn.recorder.losses]
-        finally:
-            learn.model_dir = model_dir
-            learn.remove_cbs([cb for cb in learn.cbs if cb.name == "lr_finder"])  # an interrupt leaves it
-    finite = int(np.argmin(np.isfinite(losses))) if not np.all(np.isfinite(losses)) else len(losses)
-    lrs, losses = lrs[:finite], losses[:finite]
-    if len(lrs) < 10:
-        raise RunError(f"the range test saw only {len(lrs)} steps with a finite loss; try a lower start")
-    learn.range_test = RangeTest(lrs, losses, _suggest(lrs, losses, num_it))
+    check_range(start_lr, end_lr, num_it)
+    with untouched(learn):
+        learn.lr_find(start_lr, end_lr, num_it, suggest_funcs=None, show_plot=False)
+        lrs, losses = ([float(value) for value in values] for values in (learn.recorder.lrs, learn.recorder.losses))
+    n_finite = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+    if n_finite < 10:
+        raise RunError(f"the range test saw only {n_finite} steps with a finite loss; try a lower start")
+    lrs, losses, suggestions = lrs[:n_finite], losses[:n_finite], dict.fromkeys(choices("lr_suggest"))
+    used = slice(min(num_it // 10, n_finite // 4), n_finite - (5 if n_finite > 20 else 0))  # as in fastai's lr_find
+    for name in suggestions:
+        rule = getattr(SuggestionMethod, name.capitalize())
+        with suppress(IndexError, ValueError):
+            suggestions[name] = float(rule(torch.tensor(lrs[used]), torch.tensor(losses[used]), num_it)[0])
+    learn.range_test = RangeTest(lrs, losses, suggestions)
     return learn.range_test
-
-
-def _suggest(lrs, losses, num_it):
-    """What fastai's rules say, without the first tenth and the last five steps, as in its lr_find."""
-    first, last = min(num_it // 10, len(lrs) // 4), len(lrs) - (5 if len(lrs) > 20 else 0)
-    lrs, losses = torch.tensor(lrs[first:last]), torch.tensor(losses[first:last])
-    found = {}
-    for name in SUGGESTIONS:
-        try:
-            found[name] = float(getattr(SuggestionMethod, name.capitalize())(lrs, losses, num_it)[0])
-        except (IndexError, ValueError):
-            found[name] = None
-    return found

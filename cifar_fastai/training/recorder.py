@@ -1,39 +1,59 @@
-"""fastai's Recorder and progress bar without their read-backs: numbers stay on the device until an epoch ends."""
+"""What training measures: the Recorder and progress bars without a wait at every step, and the history of all fits."""
 
+import sys
 import time
 
+import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgSmoothLoss, Metric, Recorder
 from fastai.torch_core import find_bs
 from fastcore.foundation import L
+from tqdm import tqdm
 
-__all__ = ["Bounded", "DeviceMean", "DeviceProgress", "DeviceRecorder", "accuracy_per_image", "device_loss"]
+from cifar_fastai.errors import InputError, reason
+from cifar_fastai.files import atomic_write
+
+HISTORY_COLUMNS = tuple(
+    "epoch train_loss train_accuracy valid_loss valid_accuracy lr images_per_second seconds".split()
+)
+
+
+class FitCallback(Callback):
+    """A callback that does nothing in the passes named in `rests_in`: range tests and predictions.
+
+    fastai's own callbacks set `run` in `before_fit`, where a pass that was interrupted leaves them off for good.
+    """
+
+    rests_in, _only_train_loop = ("lr_finder", "gather_preds"), True  # the latter keeps it out of fastai's summary
+
+    def __call__(self, event_name):
+        if event_name == "before_fit":
+            self.run = not any(hasattr(self.learn, name) for name in self.rests_in)
+        return super().__call__(event_name)
 
 
 class DeviceMean(Metric):
     """The mean over images of `func(learn)`, itself the mean over a batch, summed on the device, read at the end."""
 
+    name = None  # a property in fastai
+
     def __init__(self, func, name):
-        self.func, self._name = func, name
+        self.func, self.name = func, name
         self.reset()
 
     def reset(self):
-        self.total, self.count = None, 0
+        self.total, self.count = 0.0, 0
 
     def accumulate(self, learn):
         n = find_bs(learn.yb)
-        value = self.func(learn).detach().float() * n
-        self.total = value if self.total is None else self.total + value
+        self.total = self.total + self.func(learn).detach().float() * n
         self.count += n
 
     @property
     def value(self):
         return self.total.item() / self.count if self.count else None
-
-    @property
-    def name(self):
-        return self._name
 
 
 def device_loss(learn):
@@ -42,12 +62,12 @@ def device_loss(learn):
 
 
 def accuracy_per_image(learn):
-    """The fraction of this batch that is classified right."""
+    """The fraction of this batch that is classified correctly."""
     return (learn.pred.argmax(-1) == learn.yb[0]).float().mean()
 
 
 class _SmoothLoss(AvgSmoothLoss):
-    """fastai's smoothed loss, kept where the loss is."""
+    """fastai's smoothed loss, kept on the loss's device."""
 
     def accumulate(self, learn):
         self.count += 1
@@ -58,17 +78,15 @@ class _SmoothLoss(AvgSmoothLoss):
 class DeviceRecorder(Recorder):
     """fastai's `Recorder`; train_loss is the epoch's mean, as valid_loss is, and no step waits for a number.
 
-    `losses` holds the smoothed loss of every step as 0-d tensors on the device.
+    `losses` holds the smoothed loss of every step as 0-d tensors on the device, and floats after the fit.
     """
 
-    def __init__(self, add_time=True, train_metrics=True, valid_metrics=True, beta=0.98):
-        super().__init__(add_time, train_metrics, valid_metrics, beta)
-        self.loss, self.train_loss = DeviceMean(device_loss, "loss"), DeviceMean(device_loss, "loss")
-        self.smooth_loss = _SmoothLoss(beta=beta)
+    name = "recorder"
 
-    @property
-    def name(self):
-        return "recorder"
+    def __init__(self):
+        super().__init__(train_metrics=True)
+        self.loss, self.train_loss = DeviceMean(device_loss, "loss"), DeviceMean(device_loss, "loss")
+        self.smooth_loss = _SmoothLoss()
 
     def before_train(self):
         self._train_mets.map(lambda metric: metric.reset())
@@ -84,41 +102,151 @@ class DeviceRecorder(Recorder):
 
     @property
     def _train_mets(self):
-        if getattr(self, "cancel_train", False):
-            return L()
-        return L(self.train_loss) + (self.metrics if self.train_metrics else L())
+        return L() if getattr(self, "cancel_train", False) else L(self.train_loss) + self.metrics
 
 
 class Bounded:
-    """Say when a number may be read from the device: at most every `seconds`, and once in `steps` steps."""
+    """Limits how often a number is read from the device: at most once a second, and once in 16 steps."""
 
-    def __init__(self, seconds=1.0, steps=16):
-        self.seconds, self.steps = seconds, steps
+    def __init__(self):
         self.last_time, self.last_step = time.monotonic(), 0
 
     def due(self, step):
         """Whether a number may be read at `step`, a count that grows."""
-        if step - self.last_step < self.steps or time.monotonic() - self.last_time < self.seconds:
-            return False
-        self.last_time, self.last_step = time.monotonic(), step
-        return True
+        is_due = step - self.last_step >= 16 and time.monotonic() - self.last_time >= 1
+        if is_due:
+            self.last_time, self.last_step = time.monotonic(), step
+        return is_due
 
 
 class DeviceProgress(ProgressCallback):
     """fastai's progress bar, which reads the loss now and then instead of at every step."""
 
-    def __init__(self, seconds=1.0, steps=16):
-        self.seconds, self.steps = seconds, steps
-
-    @property
-    def name(self):
-        return "progress"
+    name = "progress"
 
     def before_fit(self):
-        self.reads = Bounded(self.seconds, self.steps)
+        self.reads = Bounded()
         super().before_fit()
 
     def after_batch(self):
         self.pbar.update(self.iter + 1)
         if hasattr(self, "smooth_loss") and self.reads.due(self.train_iter):
             self.pbar.comment = f"{self.smooth_loss.item():.4f}"
+
+
+class ConsoleProgress(Callback):
+    """One line on a terminal: the epoch, how much of the fit is done, and the time left. A log file gets none of it."""
+
+    order = 64  # before History prints the epoch's row
+    bar, _stateattrs = None, ("bar",)
+    seconds = 0.25  # between two updates
+
+    def before_train(self):
+        finder = getattr(self.learn, "lr_finder", None)  # a range test ends within an epoch
+        if self.bar is None:
+            total = finder.num_it if finder else (self.n_epoch - self.epoch) * len(self.dls.train)
+            text = "{desc}  [{bar:20}] {percentage:3.0f} %, {remaining} left"
+            look = dict(bar_format=text, ascii=" =", leave=False, smoothing=0, mininterval=self.seconds)
+            self.bar = tqdm(total=total, file=sys.stderr, disable=not sys.stderr.isatty(), **look)
+        self.bar.set_description_str("range test" if finder else f"{self.epoch + 1:>3}/{self.n_epoch:<3}", False)
+
+    def after_batch(self):
+        if self.training:
+            self.bar.update()
+
+    def after_validate(self):
+        if self.bar is not None:
+            self.bar.clear()
+
+    def after_fit(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class History(FitCallback):
+    """The epochs and steps of all fits: `rows`, a dict of HISTORY_COLUMNS by epoch; `lrs` and `moms`, floats by step.
+
+    train_loss and train_accuracy are means over the epoch as it trained, augmented images and changing weights
+    included; valid_* belong to the split that is evaluated. Losses are those of the loss function, label smoothing
+    included. Epochs count from 1 and go on in the next fit. Numbers that were not measured are None.
+
+    path: history.csv, written after every epoch (None: not written)
+    verbose: whether to print a row for every epoch; `eval_split` names the evaluated split in its header
+    trained_epoch: the last trained epoch of this fit, from 0; a resumed fit skips epochs without training them
+    origin: for a loaded run, what its config says of the machine that trained it, until training goes on here
+    """
+
+    order, path, verbose, eval_split, _stateattrs = 65, None, False, "test", ("path", "verbose")
+    widths = 7, 10, 9, 10, 9, 8, 8, 7  # of the columns that are printed
+    __setattr__ = object.__setattr__  # fastai's warns that the learner has a `path` and `moms`, too
+
+    def __init__(self):
+        self.rows, self.lrs, self.moms, self.origin = [], [], [], {}
+        self.before_fit()
+
+    def before_fit(self):
+        self.trained_epoch = self.start_time = None
+
+    def before_train(self):
+        if self.verbose and self.trained_epoch is None:
+            split = self.eval_split
+            self._print("epoch", "train loss", "train acc", f"{split} loss", f"{split} acc", "lr", "images/s", "time")
+        self.start_time, self.origin, self.steps = time.perf_counter(), {}, []
+
+    def after_batch(self):
+        if self.training and self.start_time is not None:
+            hypers = self.opt.hypers[-1]
+            self.steps.append((float(hypers["lr"]), float(hypers["mom"]) if "mom" in hypers else None))
+
+    def after_train(self):
+        self.train_seconds = time.perf_counter() - self.start_time
+        self.values = {f"train_{metric.name}": metric.value for metric in self.recorder._train_mets}
+
+    def after_epoch(self):
+        if self.start_time is None:
+            return  # nothing was trained: an epoch that a resumed fit skips, or `validate`
+        self.lrs += [lr for lr, _ in self.steps]  # now: an interrupted epoch leaves no steps, as it leaves no row
+        self.moms += [mom for _, mom in self.steps]
+        values = self.values | {f"valid_{metric.name}": metric.value for metric in self.recorder._valid_mets}
+        speed = len(self.dls.train) * self.dls.train.bs / self.train_seconds
+        values |= dict(lr=self.lrs[-1], images_per_second=speed, seconds=time.perf_counter() - self.start_time)
+        values = {name: values.get(name) for name in HISTORY_COLUMNS[1:]}
+        values = {name: None if value is None else float(value) for name, value in values.items()}
+        self.rows.append({"epoch": len(self.rows) + 1, **values})
+        self.trained_epoch, self.start_time = self.epoch, None
+        self.write()
+        if self.verbose:
+            epoch, *numbers, seconds = self.rows[-1].values()
+            formats = ".4f", ".2%", ".4f", ".2%", ".2g", ",.0f"
+            texts = ["-" if n is None else f"{n:{format}}" for n, format in zip(numbers, formats, strict=True)]
+            self._print(f"{epoch:>3}/{self.n_epoch:<3}", *texts, "{}:{:02}".format(*divmod(round(seconds), 60)))
+
+    def write(self):
+        """Write all rows to `path`, if there is one."""
+        if self.path is not None:
+            write_history(self.path, self.rows)
+
+    def _print(self, *texts):
+        print("  ".join(f"{text:>{width}}" for text, width in zip(texts, self.widths, strict=True)), flush=True)
+
+
+def in_epochs(n):
+    """A number of epochs in words."""
+    return "1 epoch" if n == 1 else f"{n:,} epochs"
+
+
+def write_history(path, rows):
+    """Write rows of HISTORY_COLUMNS to `path` (history.csv), None as blank. Atomic."""
+    with atomic_write(path) as file:
+        pd.DataFrame(rows, columns=HISTORY_COLUMNS, dtype=object).to_csv(file, index=False, lineterminator="\r\n")
+
+
+def read_history(path):
+    """The rows of a history.csv as dicts of numbers, None where blank. InputError for a file that is damaged."""
+    types = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int}
+    try:
+        table = pd.read_csv(path, dtype=types, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    return table.astype(object).where(table.notna(), None).to_dict("records")

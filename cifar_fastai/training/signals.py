@@ -1,54 +1,51 @@
-"""Ctrl-C and SIGTERM: the first ends a training step and then the run, a second ends at once."""
+"""Ctrl-C and SIGTERM: the first ends a training step and then the run, a second ends the process at once."""
 
 import os
 import signal
 import threading
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 from fastai.callback.core import Callback
 
-__all__ = ["Stopped", "StopOnSignal", "catch_signals"]
-
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; `resume` is the command that goes on with it, once there is a checkpoint."""
+    """A signal asked the run to stop; `resume` is the command that resumes it, once there is a checkpoint."""
 
     def __init__(self, signum, resume=None):
         super().__init__()
         self.signum, self.resume = signum, resume
 
 
-class _Pending:
-    """The signal that came while a step was running, and whether one is."""
-
-    signum, in_training = None, False
-
-
-_pending = _Pending()
+_state = SimpleNamespace(signum=None, in_training=False)  # the signal that arrived; whether a step is running
 
 
 def _handle(signum, frame):
-    if _pending.signum is not None:
-        os._exit(128 + signum)  # the second one does not ask
-    _pending.signum = signum
-    if not _pending.in_training:
+    if _state.signum is not None:
+        os._exit(128 + signum)
+    _state.signum = signum
+    if not _state.in_training:
         raise Stopped(signum)
     with suppress(OSError):
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in here
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
 
 
 @contextmanager
 def catch_signals():
-    """While the block runs, SIGINT and SIGTERM raise `Stopped`: in training after the step, elsewhere at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    _pending.signum, _pending.in_training = None, False
-    old = {signum: signal.signal(signum, _handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """While the block runs, SIGINT and SIGTERM raise `Stopped`: in training after the step, elsewhere at once.
+
+    A signal that the parent process made this one ignore (nohup, a job in the background) stays ignored.
+    """
+    _state.signum, _state.in_training, handlers = None, False, {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: handler for signum, handler in handlers.items() if handler is not signal.SIG_IGN}
     try:
+        for signum in handlers:
+            signal.signal(signum, _handle)
         yield
     finally:
-        for signum, handler in old.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
 
@@ -59,13 +56,13 @@ class StopOnSignal(Callback):
 
     def before_fit(self):
         self.after_batch()  # it may have come where Python drops exceptions, in a destructor
-        _pending.in_training = True
+        _state.in_training = True
 
     def after_batch(self):
-        if _pending.signum is not None:
-            _pending.in_training = False
-            raise Stopped(_pending.signum)
+        if _state.signum is not None:
+            _state.in_training = False
+            raise Stopped(_state.signum)
 
     def after_fit(self):
-        _pending.in_training = False
+        _state.in_training = False
         self.after_batch()

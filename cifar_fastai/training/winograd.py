@@ -1,7 +1,7 @@
 """3x3 convolutions with a quarter of the multiplications, for processors that compute them in float32.
 
 Winograd's F(4x4, 3x3): tiles of 6x6 pixels and filters of 3x3 are transformed so that 36 multiplications give 4x4
-pixels of the output, where the sum written out takes 144. Values and gradients differ from torch's own by a few
+pixels of the output, where the plain sum takes 144. Values and gradients differ from torch's own by a few
 millionths. Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
 
 Shapes: B images of H x W pixels, C channels in and K out, T x T tiles of 4x4 pixels, where T stands for H/4 and W/4.
@@ -15,18 +15,8 @@ from torch import Tensor, nn
 
 __all__ = ["plain_convolutions", "winograd_convolutions"]
 
-_G = torch.tensor(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    dtype=torch.float32,
-    device="cpu",
-)
+_ROWS = [6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]
+_G = torch.tensor(_ROWS, dtype=torch.float32, device="cpu") / 24
 _GG = torch.kron(_G, _G)  # (36, 9): a 3x3 filter to its 6x6 transform, both as vectors
 
 # Below this many pixels (B x H x W) the transforms of the filters cost more than they save.
@@ -37,10 +27,10 @@ _CHUNK = 36 * 65536
 
 
 def winograd_convolutions(model):
-    """Let the 3x3 convolutions of `model`, on a CPU, be computed so where the model is compiled.
+    """Compute the 3x3 convolutions of `model` this way where it is compiled and runs on a CPU in float32.
 
-    Parameters, names and what hooks see stay as they are; convolutions that are no whole number of tiles, or in half
-    precision, or run uncompiled, stay torch's own. A pickled model holds torch's own again.
+    Parameters, names and what hooks see stay as they are. Sizes that are not a whole number of tiles, half precision
+    and uncompiled calls use torch's own convolution. A pickled model holds torch's own again.
     """
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and type(conv)._conv_forward is nn.Conv2d._conv_forward and _fits(conv):
@@ -48,7 +38,7 @@ def winograd_convolutions(model):
 
 
 def plain_convolutions(model):
-    """Take `winograd_convolutions` back."""
+    """Undo `winograd_convolutions`."""
     for conv in model.modules():
         if getattr(conv.__dict__.get("_conv_forward"), "__func__", None) is _conv_forward:
             del conv._conv_forward
@@ -81,8 +71,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     filters = _GG @ weight.permute(2, 3, 1, 0).reshape(9, -1)  # (36, C * K)
     x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
     y = x.new_empty(*x.shape[:3], n_out)
-    chunks = _Chunks(x, max(n_in, n_out))
-    for images, tiles in chunks:
+    for images, tiles in _chunks(x, max(n_in, n_out)):
         _store(y[images], tiles, filters.view(36, n_in, n_out))
     return y.permute(0, 3, 1, 2)
 
@@ -91,14 +80,14 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients for x and weight, from that of the output (B, K, H, W)."""
     n_out, n_in = weight.shape[:2]
-    turned = _GG @ weight.permute(2, 3, 0, 1).reshape(9, -1).flip(0)  # (36, K * C): by 180 degrees, as for a transpose
+    rotated = _GG @ weight.permute(2, 3, 0, 1).reshape(9, -1).flip(0)  # (36, K * C): by 180 degrees
     x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C), (B, H, W, K)
     x_grad, filters_grad = x.new_empty(x.shape), x.new_zeros(36, n_in, n_out)
     wide = max(n_in, n_out)
-    for (images, tiles), (_, grad_tiles) in zip(_Chunks(x, wide), _Chunks(grad, wide), strict=True):
+    for (images, tiles), (_, grad_tiles) in zip(_chunks(x, wide), _chunks(grad, wide), strict=True):
         out_tiles = _compiled(_output_tiles_grad)(grad[images]).view(36, -1, n_out)
         filters_grad.baddbmm_(tiles.transpose(1, 2), out_tiles)  # (36, C, K)
-        _store(x_grad[images], grad_tiles, turned.view(36, n_out, n_in))
+        _store(x_grad[images], grad_tiles, rotated.view(36, n_out, n_in))
     weight_grad = (_GG.T @ filters_grad.view(36, -1)).view(3, 3, n_in, n_out).permute(3, 2, 0, 1)
     return x_grad.permute(0, 3, 1, 2), weight_grad.contiguous(memory_format=torch.channels_last)
 
@@ -121,21 +110,16 @@ conv3x3.register_autograd(
 )
 
 
-class _Chunks:
+def _chunks(x, n_channels):
     """The images (B, H, W, C) a few at a time: their place among all, and their tiles (36, n * T * T, C)."""
-
-    def __init__(self, x, n_channels):
-        self.x = x
-        self.n = max(1, _CHUNK // (36 * n_channels * (x.shape[1] // 4) * (x.shape[2] // 4)))
-
-    def __iter__(self):
-        batch, height, width, channels = self.x.shape
-        padded = self.x.new_zeros(min(self.n, batch), height + 2, width + 2, channels)
-        for start in range(0, batch, self.n):
-            images = slice(start, min(start + self.n, batch))
-            padded = padded[: images.stop - start]
-            padded[:, 1:-1, 1:-1] = self.x[images]
-            yield images, _compiled(_input_tiles)(padded).view(36, -1, channels)
+    batch, height, width, channels = x.shape
+    n = max(1, _CHUNK // (36 * n_channels * (height // 4) * (width // 4)))
+    padded = x.new_zeros(min(n, batch), height + 2, width + 2, channels)
+    for start in range(0, batch, n):
+        images = slice(start, min(start + n, batch))
+        padded = padded[: images.stop - start]
+        padded[:, 1:-1, 1:-1] = x[images]
+        yield images, _compiled(_input_tiles)(padded).view(36, -1, channels)
 
 
 def _store(y, tiles, filters):
@@ -181,14 +165,8 @@ def _output_tiles_grad(grad):
 
 def _input(v):
     a, b, c, d, e, f = v
-    return [
-        4 * a - 5 * c + e,
-        d + e - 4 * (b + c),
-        4 * (b - c) - d + e,
-        2 * (d - b) - c + e,
-        2 * (b - d) - c + e,
-        4 * b - 5 * d + f,
-    ]
+    first = [4 * a - 5 * c + e, d + e - 4 * (b + c), 4 * (b - c) - d + e]
+    return [*first, 2 * (d - b) - c + e, 2 * (b - d) - c + e, 4 * b - 5 * d + f]
 
 
 def _output(v):
