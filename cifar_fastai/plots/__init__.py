@@ -1,1 +1,1 @@
-"""Arrays in, matplotlib Figures out."""
+"""Pictures of a run: arrays in, a matplotlib Figure out."""

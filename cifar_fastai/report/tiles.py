@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -10,21 +9,19 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
-__all__ = ["SHEET", "Tiles", "data_uri", "encoded", "sheets", "tile_rows"]
+from cifar_fastai.plots.style import check_lengths
 
 SHEET = 8  # tiles on a side of a sprite sheet
-HEAT = (colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)  # (256, 3)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Misclassified images in any order and, where they were computed, their heatmaps.
+    """Misclassified images, worst loss first, and their heatmaps where they were computed.
 
     images: uint8 (K, H, W, 3); indices: int (K,), into the split; targets, predicted: K class names; confidence,
-    losses: float (K,); cam_predicted, cam_true: float (K, H, W) in 0..1, or None (with a method that explains no class
-    cam_true alone); negligible_predicted, negligible_true: bool (K,), the maps that are labelled and not drawn, or
-    None; caption: how the maps were made ("GradCAM of layer3, 8 x 8 pixels"). Raises ValueError when they differ in
-    length.
+    losses: float (K,); cam_predicted, cam_true: float (K, H, W) in 0..1, or None (cam_true alone with a method that
+    explains no class); negligible_predicted, negligible_true: bool (K,), maps that are labelled and not drawn, or None;
+    caption: how the maps were made ("GradCAM of layer3, 8 x 8 pixels"). Raises ValueError on unequal lengths.
     """
 
     images: np.ndarray
@@ -40,83 +37,54 @@ class Tiles:
     caption: str = ""
 
     def __post_init__(self):
-        sizes = {name: len(values) for name, values in self._arrays()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"tiles need one value for each image: {sizes}")
+        check_lengths(self._arrays())
 
     def __len__(self):
         return len(self.images)
 
+    def __getitem__(self, rows):
+        return replace(self, **{name: array[rows] for name, array in self._arrays().items()})
+
     def _arrays(self):
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "caption")
-        return [(name, np.asarray(values)) for name, values in pairs if values is not None]
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "caption"}
+        return {name: array for name, array in values.items() if array is not None}
 
-    def take(self, rows):
-        """The tiles of these rows (an index array, a mask or a slice)."""
-        return replace(self, **{name: values[rows] for name, values in self._arrays()})
+    def rows(self, classes):
+        """One dict for each tile; `negligible` holds "p" and "t" for the heatmaps (predicted, true) not to draw."""
+        targets, predicted = (map(classes.index, names) for names in (self.targets, self.predicted))
+        flags = self.negligible_predicted, self.negligible_true
+        flags = (np.zeros(len(self), bool) if array is None else array for array in flags)
+        negligible = ["p" * bool(p) + "t" * bool(t) for p, t in zip(*flags, strict=True)]
+        columns = self.indices, targets, predicted, self.confidence, self.losses, negligible
+        keys = "index", "t", "p", "confidence", "loss", "negligible"
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def worst_first(self):
-        """The tiles that are errors, by falling loss."""
-        order = np.argsort(-np.nan_to_num(np.asarray(self.losses, float), nan=np.inf), kind="stable")
-        return self.take(order[np.asarray(self.targets)[order] != np.asarray(self.predicted)[order]])
-
-
-def sheets(tiles, lossless):
-    """Sprite sheets of SHEET x SHEET tiles as data URIs: dicts of image and, with heatmaps, predicted and true."""
-    made = []
-    for start in range(0, len(tiles), SHEET**2):
-        part = tiles.take(slice(start, start + SHEET**2))
-        sheet = {"image": _sheet(np.asarray(part.images), lossless)}
-        for view in ("predicted", "true"):
-            cams = getattr(part, f"cam_{view}")
-            if cams is not None:
-                heat = HEAT[(np.nan_to_num(cams).clip(0, 1) * 255).astype(np.uint8)]  # (K, H, W, 3)
-                sheet[view] = _sheet(heat, lossless=False, quality=70)
-        made.append(sheet)
-    return made
+    def sheets(self, lossless):
+        """Sprite sheets of SHEET x SHEET tiles: dicts of data URIs, image and, with heatmaps, predicted and true."""
+        sheets, kind = [], {"kind": "WEBP", "lossless": True, "method": 3} if lossless else {"kind": "JPEG"}
+        for start in range(0, len(self), SHEET**2):
+            part = self[start : start + SHEET**2]
+            sheets.append({"image": _sheet(part.images, quality=60 if lossless else 90, **kind)})
+            for view, maps in ("predicted", part.cam_predicted), ("true", part.cam_true):
+                if maps is not None:
+                    heat = colormaps["inferno"](np.nan_to_num(maps), bytes=True)[..., :3]  # (K, H, W, 3)
+                    sheets[-1][view] = _sheet(heat, "JPEG", quality=70)
+        return sheets
 
 
-def _sheet(images, lossless, quality=90):
-    """Lay out uint8 (K, H, W, 3) from left to right, top to bottom. JPEG with full chroma keeps neighbours apart."""
-    k, height, width, _ = images.shape
-    n_rows = math.ceil(k / SHEET)
+def _sheet(images, kind, **options):
+    """uint8 (K, H, W, 3) as one picture. JPEG needs full chroma to keep neighbours apart."""
+    _, height, width, _ = images.shape
+    n_rows = -(-len(images) // SHEET)
     cells = np.zeros((n_rows * SHEET, height, width, 3), np.uint8)
-    cells[:k] = images
+    cells[: len(images)] = images
     cells = cells.reshape(n_rows, SHEET, height, width, 3).swapaxes(1, 2)  # (rows, H, SHEET, W, 3)
-    sheet = Image.fromarray(cells.reshape(n_rows * height, SHEET * width, 3))
-    if lossless:
-        return data_uri(encoded(sheet, "WEBP", lossless=True, quality=60, method=3), "image/webp")
-    return data_uri(encoded(sheet, "JPEG", quality=quality, subsampling=0), "image/jpeg")
-
-
-def tile_rows(tiles, classes):
-    """What stands under each picture; `faint` names the heatmaps that are negligible ("p", "t" or both)."""
-    ids = {name: number for number, name in enumerate(classes)}
-    faint = [
-        np.zeros(len(tiles), bool) if flags is None else flags
-        for flags in (tiles.negligible_predicted, tiles.negligible_true)
-    ]
-    columns = tiles.indices, tiles.targets, tiles.predicted, tiles.confidence, tiles.losses, *faint
-    return [
-        dict(
-            index=int(index),
-            t=ids[str(true)],
-            p=ids[str(predicted)],
-            confidence=float(sure),
-            loss=float(loss),
-            faint="p" * bool(p) + "t" * bool(t),
-        )
-        for index, true, predicted, sure, loss, p, t in zip(*columns, strict=True)
-    ]
-
-
-def encoded(image, kind, **options):
-    """The bytes of a PIL image in a format of PIL's; `options` go to the encoder."""
     file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    options = options | ({"subsampling": 0} if kind == "JPEG" else {})
+    Image.fromarray(cells.reshape(n_rows * height, SHEET * width, 3)).save(file, kind, **options)
+    return data_uri(file.getvalue(), f"image/{kind.lower()}")
 
 
 def data_uri(data, mime):
-    """`data` as an address that a page can hold; safe to put into HTML and CSS as it is."""
+    """Bytes as an address inside a page, safe in HTML and CSS."""
     return Markup(f"data:{mime};base64,{base64.b64encode(data).decode()}")

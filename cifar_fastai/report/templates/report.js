@@ -27,7 +27,7 @@
   const names = { '': 'image', p: classless ? 'heatmap' : 'heatmap for the predicted class', t: 'heatmap for the true class' };
 
   // ---- which tiles, in which order
-  const wanted = { t: null, p: null };            // class numbers, null for any
+  const filter = { t: null, p: null };            // class numbers, null for any
   const filters = [...document.querySelectorAll('#matrix button, .chips button')];
   const sort = byId('sort');
   let shown = tiles;
@@ -35,16 +35,16 @@
   function total() {                               // errors of the split, on the page or left out
     let n = 0;
     matrix.forEach((row, t) => row.forEach((count, p) => {
-      if (t !== p && (wanted.t ?? t) === t && (wanted.p ?? p) === p) n += count;
+      if (t !== p && (filter.t ?? t) === t && (filter.p ?? p) === p) n += count;
     }));
     return n;
   }
 
   function describe() {
     const all = total(), count = n => n.toLocaleString('en-US');
-    const what = wanted.t !== null && wanted.p !== null ? `${classes[wanted.t]} taken for ${classes[wanted.p]}`
-      : wanted.t !== null ? `true class ${classes[wanted.t]}`
-      : wanted.p !== null ? `predicted class ${classes[wanted.p]}` : '';
+    const what = filter.t !== null && filter.p !== null ? `${classes[filter.t]} taken for ${classes[filter.p]}`
+      : filter.t !== null ? `true class ${classes[filter.t]}`
+      : filter.p !== null ? `predicted class ${classes[filter.p]}` : '';
     const n = shown.length;
     const number = n < all ? `${count(n)} of ${count(all)} errors` : n === 1 ? '1 error' : `${count(n)} errors`;
     return what ? `${number}: ${what}` : number;
@@ -53,21 +53,21 @@
   function update() {
     const sign = sort.value.startsWith('-') ? -1 : 1, key = sort.value.slice(-1);
     tiles.sort((a, b) => sign * (a.dataset[key] - b.dataset[key]) || a.dataset.i - b.dataset.i);
-    shown = tiles.filter(({ dataset: { t, p } }) => (wanted.t ?? +t) === +t && (wanted.p ?? +p) === +p);
+    shown = tiles.filter(({ dataset: { t, p } }) => (filter.t ?? +t) === +t && (filter.p ?? +p) === +p);
     gallery.replaceChildren(...shown);              // much faster than to hide the others one by one
     rove(gallery, shown[0]?.firstElementChild);
     for (const button of filters) {
-      const { t, p } = chosen(button), pressed = String(t === wanted.t && p === wanted.p);
+      const { t, p } = classesOf(button), pressed = String(t === filter.t && p === filter.p);
       if (button.getAttribute('aria-pressed') !== pressed) button.setAttribute('aria-pressed', pressed);
     }
     byId('status').textContent = describe();
   }
 
   const number = text => text === undefined ? null : +text;
-  const chosen = button => ({ t: number(button.dataset.t), p: number(button.dataset.p) });
+  const classesOf = button => ({ t: number(button.dataset.t), p: number(button.dataset.p) });
 
   for (const button of filters) button.addEventListener('click', () => {
-    Object.assign(wanted, chosen(button));
+    Object.assign(filter, classesOf(button));
     update();
     const toolbar = byId('toolbar');
     const top = toolbar.parentElement.getBoundingClientRect().top;
@@ -77,8 +77,8 @@
 
   // ---- what a tile shows
   const view = tile => tile.dataset.view ?? '';
-  function show(tile, wantedView) {
-    if (wantedView) tile.dataset.view = wantedView; else delete tile.dataset.view;
+  function show(tile, next) {
+    if (next) tile.dataset.view = next; else delete tile.dataset.view;
     label(tile);
   }
   function label(tile) {
