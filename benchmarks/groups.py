@@ -24,10 +24,9 @@ from cifar_fastai.hardware import autocast, keep_freed_memory
 from cifar_fastai.models import resnet18
 from cifar_fastai.training.callbacks import StopOnBadLoss
 from cifar_fastai.training.compiling import compile_model
-from cifar_fastai.training.learner import cifar_learner, optimizer_factory
-from cifar_fastai.training.progress import ConsoleProgress
-from cifar_fastai.training.recorder import DeviceProgress
-from cifar_fastai.training.runlog import RunLog
+from cifar_fastai.training.learner import cifar_learner
+from cifar_fastai.training.optimizers import optimizer_factory
+from cifar_fastai.training.recorder import ConsoleProgress, DeviceProgress
 from cifar_fastai.training.signals import StopOnSignal
 
 __all__ = [
@@ -49,17 +48,17 @@ MIN_TIMED_STEPS = 3
 
 @dataclass
 class Settings:
-    """What all groups share."""
+    """The settings of all groups."""
 
     images: ImageSet
-    folder: Path  # for files that go when the benchmark ends; holds `images` in train/<class>/ and test/<class>/
+    folder: Path  # temporary; holds `images` in train/<class>/ and test/<class>/
     device: torch.device
     precision: str
     compiled: bool
     bs: int
     repeats: int
     steps: int | None  # of an epoch that are timed; None: as many as fit into `seconds`
-    seconds: float  # for the rounds of the epoch's rows, where the device is too slow for whole epochs
+    seconds: float  # for all rounds of the epoch's rows on a CPU
     pipeline_seconds: float  # the longest that a row of the pipeline takes in a round
     cost_steps: int  # of the epoch without a model
     start_repeats: int
@@ -70,7 +69,7 @@ class Settings:
 
     @property
     def data_steps(self):
-        """The steps of one pass over the train images that there are; what is over is left out."""
+        """The steps of one pass over the train images, without an incomplete last batch."""
         return self.images.n_train // self.bs
 
     @property
@@ -85,11 +84,11 @@ def time_epoch(s):
     def compiled(model, batch, winograd=True):
         if s.compiled:
             progress("compiling")
-            failed = compile_model(model, batch, autocast(s.device, s.precision), winograd)
-            notes.extend([failed] if failed and failed not in notes else [])
+            failure = compile_model(model, batch, autocast(s.device, s.precision), winograd)
+            notes.extend([failure] if failure and failure not in notes else [])
 
     if s.device.type == "cpu" and keep_freed_memory():
-        notes.append("epoch: in a process that keeps the memory it frees, as a recipe's does on a CPU; so all rows do")
+        notes.append("epoch: all rows run in a process that keeps the memory it frees, as recipes do on a CPU")
     dls = s.dls
     x, y = (t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
     learn = cifar_learner(dls, resnet18(), precision=s.precision, cbs=[StopOnBadLoss()])
@@ -148,7 +147,7 @@ def time_pipeline(s):
         ),
         Row(f"torchvision, {cores} workers", _batches(peers.torchvision_dl(s.images, s.bs, cores), s.device), 4.0),
     ]
-    warm = min(2 * cores + 1, s.data_steps - 1)  # until the queues of the workers are as full as they stay
+    warm = min(2 * cores + 1, s.data_steps - 1)  # until the queues of the workers are full
     take_turns("warming up the pipelines", rows, 1, partial(Clock, s.device, 2))
     clocks = take_turns("pipeline", rows, s.repeats, partial(Clock, s.device, s.data_steps, warm, s.pipeline_seconds))
     results = _results("pipeline", rows, clocks, "image", lambda clock: clock.per_step / s.bs, 1)
@@ -159,7 +158,7 @@ def time_pipeline(s):
 
 
 def time_step_cost(s):
-    """What a training step costs where the model is one linear layer: (results, notes)."""
+    """The cost of a training step with one linear layer as the model: (results, notes)."""
     dls = s.dls
     x, y = (t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
     ours = cifar_learner(dls, _linear(s), precision=s.precision, cbs=[StopOnBadLoss()], lr=1e-3)
@@ -173,36 +172,36 @@ def time_step_cost(s):
     take_turns("warming up the linear layer", rows, 1, partial(Clock, s.device, 2))
     clocks = take_turns("step", rows, s.repeats, partial(Clock, s.device, steps))
     return _results("step, linear layer", rows, clocks, "step", lambda clock: clock.per_step, s.bs), [
-        "step: ours also keeps the training accuracy and the run's log, and looks out for a loss that is no number"
+        "step: ours also keeps the training accuracy and the run's log, and checks that the loss is a number"
     ]
 
 
 def time_start(s):
     """Decoding, the cache and the first step, each in a process of its own: (results, notes)."""
-    cache, found = s.folder / "cache", {}
+    cache, measured = s.folder / "cache", {}
     sizes = sorted({min(size, len(s.images.images)) for size in START_SIZES})
     archives = {n: write_archive(few_images(s.images, n), s.folder / f"{n}.tgz", s.folder / "images") for n in sizes}
     for n, archive in archives.items():
         progress(f"start: filling the cache with {n:,} images")
         _child(["load", archive], cache)
 
-    def note(what, n, seconds, told):
-        found.setdefault((what, n), []).append((seconds, told["peak_bytes"]))
+    def note(what, n, seconds, report):
+        measured.setdefault((what, n), []).append((seconds, report["peak_bytes"]))
 
     for done in range(s.start_repeats):
         for n, archive in archives.items():
             progress(f"start: round {done + 1} of {s.start_repeats}, {n:,} images")
-            told = _child(["load", archive], s.folder / f"cache-{n}-{done}")
-            note("decode", n, told["seconds"], told)
-            told = _child(["load", archive], cache)
-            note("read the cache", n, told["seconds"], told)
-            began = time.time()
-            told = _child(["train", archive, s.device, s.precision, min(s.bs, n // 4)], cache)
-            note("until the first step begins", n, told["begins"] - began, told)
-            note("until the first step is done", n, told["done"] - began, told)
+            report = _child(["load", archive], s.folder / f"cache-{n}-{done}")
+            note("decode", n, report["seconds"], report)
+            report = _child(["load", archive], cache)
+            note("read the cache", n, report["seconds"], report)
+            start = time.time()
+            report = _child(["train", archive, s.device, s.precision, min(s.bs, n // 4)], cache)
+            note("until the first step begins", n, report["begins"] - start, report)
+            note("until the first step is done", n, report["done"] - start, report)
     progress()
     results = []
-    for (what, n), values in sorted(found.items(), key=lambda item: (item[0][1], list(found).index(item[0]))):
+    for (what, n), values in sorted(measured.items(), key=lambda item: (item[0][1], list(measured).index(item[0]))):
         seconds, peaks = zip(*values, strict=True)
         peak = None if None in peaks else max(peaks)
         limit = 10.0 if what == "until the first step begins" else None
@@ -214,18 +213,18 @@ def time_start(s):
 
 
 def few_images(images, n):
-    """An ImageSet of about `n` of the images, each split and class with its share; the same where there are no more."""
+    """An ImageSet of about `n` of the images, with the same shares of splits and classes; all if it has fewer."""
     if n >= len(images.images):
         return images
     n_train = max(len(images.classes), round(n * images.n_train / len(images.images)))
     splits = [(np.arange(images.n_train), n_train), (np.arange(images.n_train, len(images.images)), n - n_train)]
-    kept = [_shares(rows, images.labels[rows], max(size, len(images.classes))) for rows, size in splits]
-    rows = np.concatenate(kept)
-    return replace(images, images=images.images[rows], labels=images.labels[rows], n_train=len(kept[0]))
+    parts = [_shares(rows, images.labels[rows], max(size, len(images.classes))) for rows, size in splits]
+    rows = np.concatenate(parts)
+    return replace(images, images=images.images[rows], labels=images.labels[rows], n_train=len(parts[0]))
 
 
 def _shares(rows, labels, n):
-    """The first `n` rows when every class gives one in turn, in their old order."""
+    """The first `n` rows taken from the classes in turn, in their original order."""
     turns = np.empty(len(rows), np.int64)
     for label in np.unique(labels):
         turns[labels == label] = np.arange((labels == label).sum())
@@ -244,7 +243,7 @@ def write_folder(images, folder):
 
 
 def write_archive(images, archive, folder):
-    """A .tgz of as many PNG files as there are images, out of `folder`, which `write_folder` has filled."""
+    """A .tgz of as many PNG files as `images` has, from `folder`, which `write_folder` has filled."""
     progress(f"writing {archive.name}")
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for split, labels in (("train", images.train_labels), ("test", images.test_labels)):
@@ -261,12 +260,13 @@ def _png_name(images, row):
 
 
 def _ours(learn, folder):
-    """Our epoch as the recipes run it: with their log and their console line in place of fastai's bar."""
+    """Our epoch as in the recipes: with their log and their console line in place of fastai's bar."""
     learn.remove_cbs(learn._grab_cbs(DeviceProgress))
+    learn.history.path, learn.history.verbose = folder / "history.csv", True
 
     def run(clock):
         with learn.no_logging():
-            peers.fit(learn, clock, [RunLog(folder / "history.csv"), StopOnSignal(), ConsoleProgress()])
+            peers.fit(learn, clock, [StopOnSignal(), ConsoleProgress()])
 
     return run
 
@@ -280,7 +280,7 @@ def _fastai(s):
 
 
 def _bare_step(model, s):
-    """PyTorch's own step with the optimizer that `cifar_learner` would take."""
+    """PyTorch's own step with the optimizer of `cifar_learner`."""
     opt_func, splitter = optimizer_factory()
     wrapped = opt_func(splitter(model), lr=1e-3)
     wrapped.set_hypers(wd=5e-4)
@@ -288,7 +288,7 @@ def _bare_step(model, s):
 
 
 def _fixed_batch(model, x, y, s):
-    """A bare loop that takes the same batch at every step: all that is left is the model and its optimizer."""
+    """A bare loop over one batch: nothing but the model and its optimizer."""
     step, x = _bare_step(model, s), x.contiguous(memory_format=torch.channels_last)
 
     def run(clock):
@@ -314,7 +314,7 @@ def _own_batches(model, dl, s):
 
 
 def _batches(dl, device):
-    """A pass over the batches of `dl`, brought to the device where they are not there yet."""
+    """A pass over the batches of `dl`, moved to the device."""
 
     def run(clock):
         clock.start()
@@ -332,7 +332,7 @@ def _linear(s):
 
 
 def _steps(s, rows):
-    """How many steps of an epoch to time: all of them on a GPU, else what the time allows."""
+    """How many steps of an epoch to time: all of them on a GPU, else as many as the time allows."""
     longest = min(s.epoch_steps, s.data_steps)
     trial = min(1 + MIN_TIMED_STEPS, longest) if s.steps is None else 2
     clocks = take_turns("warming up ResNet18", rows, 1, partial(Clock, s.device, trial))
@@ -355,16 +355,16 @@ def _results(group, rows, clocks, unit, seconds, images):
 
 
 def _child(arguments, cache):
-    """What `benchmarks.startup` told. RunError with the last line that it wrote, where it failed."""
+    """The report of `benchmarks.startup`. Raises RunError with its last line of output where it failed."""
     home = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.startup", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"CIFAR_FASTAI_CACHE": str(cache), "PYTHONPATH": paths},
     )
-    if done.returncode:
-        last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+    if process.returncode:
+        last = (process.stderr.strip() or f"status {process.returncode}").splitlines()[-1]
         raise RunError(f"the start could not be measured: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])

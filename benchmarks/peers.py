@@ -1,4 +1,4 @@
-"""What people use today, as it is documented or published: the rows that the benchmark sets beside ours."""
+"""Common alternatives, as documented or published: the rows that the benchmark compares with ours."""
 
 import io
 from contextlib import redirect_stdout
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback import progress, schedule  # noqa: F401  (the progress bar by default; fit_one_cycle)
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.fp16 import MixedPrecision  # noqa: F401  (it teaches Learner to_fp16)
+from fastai.callback.fp16 import MixedPrecision  # noqa: F401  (it gives Learner the method to_fp16)
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class StopClock(Callback):
-    """Runs a Clock from the start of an epoch and ends the fit when that has seen enough."""
+    """Runs a Clock from the start of an epoch, and ends the fit when the Clock is done."""
 
     order = 1000
 
@@ -51,13 +51,13 @@ class StopClock(Callback):
 
 
 def fit(learn, clock, cbs=()):
-    """One epoch of one cycle under the clock; what the learner prints is formatted, and thrown away."""
+    """One epoch of one cycle under the clock; the learner's output is formatted and discarded."""
     with redirect_stdout(io.StringIO()):
         learn.fit_one_cycle(1, cbs=[*cbs, StopClock(clock)])
 
 
 def fastai_dls(folder, bs, device):
-    """fastai as its documentation has it: images from folders, `aug_transforms`, as many workers as cores."""
+    """fastai as in its documentation: images from folders, `aug_transforms`, as many workers as cores."""
     return ImageDataLoaders.from_folder(
         folder, valid="test", bs=bs, device=device, batch_tfms=[*aug_transforms(), Normalize.from_stats(*cifar_stats)]
     )
@@ -75,7 +75,7 @@ def stock_learner(dls, model):
 
 
 class InMemory(datasets.CIFAR10):
-    """torchvision's CIFAR10 with images (N, 3, 32, 32) that are there already, rather than its download."""
+    """torchvision's CIFAR10 with images (N, 3, 32, 32) from memory in place of its download."""
 
     def __init__(self, images, labels, transform):
         self.data = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # (N, 32, 32, 3)
@@ -98,7 +98,7 @@ def torchvision_dl(images, bs, workers):
         shuffle=True,
         num_workers=workers,
         drop_last=True,
-    )  # as fastai drops it, so that all take the same steps
+    )  # like fastai, so that all rows take the same number of steps
 
 
 def training_step(model, optimizer, precision, device):
@@ -120,7 +120,7 @@ def training_step(model, optimizer, precision, device):
 
 
 def script_epoch(loader, model, precision, device):
-    """The usual script's epoch as a function of a clock: it reads loss and hits at every step."""
+    """The usual script's epoch as a function of a clock: it reads the loss and the hits at every step."""
     model = model.to(device)
     step = training_step(model, torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4), precision, device)
 

@@ -1,9 +1,9 @@
-"""What a start costs, measured in a process of its own, which tells it as JSON on its last line.
+"""The cost of a start, measured in a process of its own, which prints it as JSON on its last line.
 
     python -m benchmarks.startup load DATA
     python -m benchmarks.startup train DATA DEVICE PRECISION BS
 
-DATA is what `load_images` takes; the cache is where CIFAR_FASTAI_CACHE says. Times of the clock are seconds since 1970.
+DATA is an argument of `load_images`; CIFAR_FASTAI_CACHE is the folder of the cache. Times are seconds since 1970.
 """
 
 import json
@@ -18,9 +18,9 @@ def load(data):
     """Seconds that `load_images` takes here, imports left out: it decodes, or reads the cache."""
     from cifar_fastai.data.images import load_images
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     load_images(data, progress=False)
-    return {"seconds": time.perf_counter() - began}
+    return {"seconds": time.perf_counter() - start}
 
 
 def train(data, device, precision, bs):
@@ -34,17 +34,17 @@ def train(data, device, precision, bs):
     from cifar_fastai.hardware import keep_freed_memory
     from cifar_fastai.training.learner import cifar_learner
 
-    device, told = torch.device(device), {}
+    device, report = torch.device(device), {}
 
     class FirstStep(Callback):
         order = 1000
 
         def before_batch(self):
-            told["begins"] = time.time()
+            report["begins"] = time.time()
 
         def after_batch(self):
             self.loss.item()  # waits for the device
-            told["done"] = time.time()
+            report["done"] = time.time()
             raise CancelFitException
 
     if device.type == "cpu":
@@ -53,13 +53,13 @@ def train(data, device, precision, bs):
     learn = cifar_learner(cifar_dls(images, int(bs), device=device), precision=precision)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, cbs=FirstStep())
-    return told
+    return report
 
 
 def peak_memory():
-    """The most memory this process has held so far, in bytes; None where the system does not tell.
+    """The peak memory of this process so far, in bytes; None where the system does not report it.
 
-    On Linux the kernel's own mark: `ru_maxrss` starts with what the process that started this one held.
+    On Linux from /proc, because `ru_maxrss` includes the memory of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -75,5 +75,5 @@ def peak_memory():
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    told = {"load": load, "train": train}[what](*arguments)
-    print(json.dumps(told | {"peak_bytes": peak_memory()}))
+    report = {"load": load, "train": train}[what](*arguments)
+    print(json.dumps(report | {"peak_bytes": peak_memory()}))

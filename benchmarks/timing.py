@@ -1,4 +1,4 @@
-"""Timing that is fair to all on a noisy machine: rows take turns, the device is waited for, medians are compared."""
+"""Fair timing on a noisy machine: rows take turns, the clock waits for the device, medians are compared."""
 
 import gc
 import math
@@ -16,9 +16,9 @@ __all__ = ["Clock", "Result", "Row", "markdown_table", "take_turns"]
 class Clock:
     """Times one pass over `steps` steps: `start()`, then `step()` after each, until that returns True.
 
-    The first `warm` steps are timed apart, as they hold what an epoch costs once (its order, its workers, the wait for
-    the first batch). `seconds` ends the pass earlier, when so many have passed since then. The device has done its
-    work whenever the clock is read; in between it is never waited for.
+    The first `warm` steps are timed apart, because they include the costs that an epoch has once (its order, its
+    workers, the wait for the first batch). `seconds` limits the time of the other steps. Only reading the clock waits
+    for the device.
     """
 
     def __init__(self, device, steps, warm=1, seconds=math.inf):
@@ -59,23 +59,23 @@ class Row:
 
     name: str
     run: Callable
-    goal: float | None = None  # how many times as fast as this row ours is to be
+    goal: float | None = None  # how many times as fast as this row ours should be
     note: str | None = None
 
 
 @dataclass
 class Result:
-    """What was measured of a row: one number of `seconds` a round, for one epoch, image, step or start."""
+    """The measurements of a row: one number of `seconds` a round, for one epoch, image, step or start."""
 
     group: str
     name: str
-    unit: str  # what takes so many seconds
+    unit: str  # what `seconds` are the time of
     seconds: list[float]
-    images: int = 0  # that are handled in this time, where it makes sense to say so
+    images: int = 0  # processed in this time, where that applies
     peak_bytes: int | None = None
     ours: "Result | None" = None  # the row it is compared with
     goal: float | None = None
-    limit: float | None = None  # seconds it is to stay below
+    limit: float | None = None  # of seconds
     note: str | None = None
 
     @property
@@ -138,7 +138,7 @@ def take_turns(title, rows, repeats, new_clock):
 
 
 def progress(text=""):
-    """Say on a terminal what is being done; a log file gets none of it."""
+    """Show the current work on a terminal; a log file gets none of it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

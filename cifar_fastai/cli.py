@@ -1,86 +1,214 @@
-"""A recipe's `main` as a command: its signature is the command line, its errors are one line and an exit status."""
+"""The command line: settings and functions as commands, errors as one line and an exit status.
 
+This is the only place where names of arguments become flags.
+"""
+
+import argparse
+import io
 import os
+import re
+import shlex
 import signal
 import sys
 import warnings
-from functools import wraps
+from functools import partial, wraps
+from pathlib import Path
+from typing import get_args
 
 from fastcore.script import anno_parser
 
-from cifar_fastai.errors import RunError
+from cifar_fastai.errors import InputError, RunError, printable, reason
+from cifar_fastai.recipes import PRESETS, RECIPES
+from cifar_fastai.settings import OPTIONS
 
-__all__ = ["command"]
+
+def train_command(recipe, description):
+    """The command of a recipe's page: train `recipe` with the flags of the command line, and exit with a status."""
+    parser = _recipe_parser(recipe, description)
+    parser.add_argument("--resume", metavar="DIR", help='Go on with an interrupted run: its folder, or "latest"')
+
+    def run(**arguments):
+        from cifar_fastai.runs.results import write_results  # these load torch, which --help does not need
+        from cifar_fastai.runs.train import train
+
+        train(recipe, finish=partial(write_results, command_line=command_line), **arguments)
+
+    _parse_and_run(parser, run)
 
 
-def command(defaults=None):
-    """Decorate a `main` so that, called without arguments, it reads the command line and exits with a status.
+def find_lr_command(recipe, description):
+    """The command of a range test alone, with the settings of `recipe`."""
+    parser = _recipe_parser(recipe, description, lr="find")
+    parser.add_argument("--start-lr", type=float, default=1e-5, help="Lowest learning rate (default: %(default)s)")
+    parser.add_argument("--end-lr", type=float, default=10.0, help="Highest learning rate (default: %(default)s)")
+    parser.add_argument("--num-it", type=int, default=100, help="Steps (default: %(default)s)")
 
-    `defaults` are the values that parameters left at None will take; `--help` shows them. A call with arguments,
-    from a notebook or a test, is a plain call.
+    def run(**arguments):
+        from cifar_fastai.runs.train import find_lr
+
+        find_lr(recipe, **arguments)
+
+    _parse_and_run(parser, run)
+
+
+def command(main):
+    """Decorate a `main` with annotated arguments: called without any, it reads the command line and exits.
+
+    A call with arguments, from Python, is a plain call.
     """
 
-    def decorate(main):
-        @wraps(main)
-        def run(*args, **kwargs):
-            if args or kwargs:
-                return main(*args, **kwargs)
-            given = vars(_parser(main, defaults or {}).parse_args())
-            del given["pdb"], given["xtra"]
-            sys.exit(_run(main, given))
+    @wraps(main)
+    def run(*args, **kwargs):
+        if args or kwargs:
+            return main(*args, **kwargs)
+        parser = anno_parser(main)
+        for action in parser._actions:
+            action.help = (action.help or "").replace(" (default: False)", "") or None
+        _parse_and_run(parser, main)
 
-        return run
-
-    return decorate
+    return run
 
 
-def _parser(main, defaults):
-    parser = anno_parser(main)
-    for action in parser._actions:
-        if action.dest in defaults:
-            if defaults[action.dest] is not None and defaults[action.dest] is not False:
-                action.help = f"{action.help} (default: {defaults[action.dest]})"
-        if action.help and action.help != "==SUPPRESS==":
-            action.help = action.help.replace(" (default: False)", "")
+def _recipe_parser(recipe, description, **defaults):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description, formatter_class=formatter)
+    _add_settings(parser, RECIPES[recipe].to_dict() | defaults)
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks")
     return parser
 
 
-def _run(main, given):
-    """Run `main`; its exit status is 0, that of the error, or 128 + the signal that ended it."""
+def _add_settings(parser, defaults):
+    """Add a flag for every field of `Settings`; `--help` shows `defaults`, parsing gives None for what is not set."""
+    for name, option in OPTIONS.items():
+        kinds, default = get_args(option.type) or (option.type,), defaults.get(name)
+        names = PRESETS if name == "preset" else option.metadata.get("choices")
+        help = option.metadata["help"].replace("%", "%%") + (f": {', '.join(names)}" if names else "")
+        other, *values = option.metadata.get("needs", (None,))
+        context = f"{flag(other)} {' or '.join(values)}".strip() if other else ""
+        help += f" (with {context})" if context else ""
+        if bool in kinds:
+            parser.add_argument(flag(name), action="store_true", default=None, help=help)
+        else:
+            kind = str if str in kinds else kinds[0]
+            help += "" if default is None else f" (default: {default})"
+            parser.add_argument(flag(name), type=kind, help=help, metavar=kind.__name__.upper())
+
+
+def parse_settings(words):
+    """The parameters in a list of command-line words, {name: value}. Raises InputError for anything else."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    _add_settings(parser, {})
+    try:
+        overrides, unknown = parser.parse_known_args(words)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise InputError(f"not flags of a recipe ({error})") from None
+    if unknown:
+        raise InputError(f"{unknown[0]} is not a flag of a recipe")
+    return {name: value for name, value in vars(overrides).items() if value is not None}
+
+
+def read_settings(path):
+    """[(line, overrides)] of a text file with flags of a recipe on each line, as a sweep takes them.
+
+    Empty lines and lines that begin with # are skipped. Raises InputError for a file or a line that cannot be used.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    trials = []
+    for line in (line.strip() for line in lines):
+        if line and not line.startswith("#"):
+            try:
+                trials.append((line, parse_settings(shlex.split(line))))
+            except (InputError, ValueError) as error:
+                raise InputError(f"{path}: {line}: {error}") from None
+    if not trials:
+        raise InputError(f"{path}: no settings in it; write flags of a recipe on each line")
+    return trials
+
+
+def command_line(config, without=()):
+    """The command that repeats the run of a config.json in a folder of its own, quoted for a shell.
+
+    `without`: parameters that are left out. None where no recipe made the run.
+    """
+    if not config.get("recipe"):
+        return None
+    words = ["python", f"recipes/{config['recipe']}.py"]
+    for name, value in config["given"].items():
+        if name in ("out", *without) or value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag(name))
+        elif str(value).startswith("-"):
+            words.append(f"{flag(name)}={value}")
+        else:
+            words += [flag(name), str(value)]
+    return shlex.join(words)
+
+
+def flag(name):
+    """The flag of an argument: valid_pct -> --valid-pct."""
+    return "--" + name.replace("_", "-")
+
+
+def _parse_and_run(parser, run):
+    """Call `run` with the arguments of the command line, and exit."""
+    arguments = vars(parser.parse_args())
+    debug, *_ = [arguments.pop(name, False) for name in ("debug", "pdb", "xtra")]  # fastcore adds the last two
+    sys.exit(_run(partial(run, **arguments), debug))
+
+
+def _run(run, debug):
+    """Call `run`; its exit status is 0, that of the error, or 128 + the number of the signal that ended it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # torch about its own jit, at import
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a class name that its encoding lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(**given)
-        return 0
-    except KeyboardInterrupt as stop:  # signals.Stopped among them, which knows more
-        resume = getattr(stop, "resume", None)
-        print(f"\nstopped; go on with: {resume}" if resume else "\nstopped", file=sys.stderr, flush=True)
-        return 128 + getattr(stop, "signum", signal.SIGINT)
-    except BrokenPipeError:  # whoever read the output has gone
-        _leave_broken_stdout()
-        return 128 + 13
+        run()
+        status, message = 0, None
+    except KeyboardInterrupt as stop:
+        status, message = 128 + getattr(stop, "signum", signal.SIGINT), f"\nstopped{_resume_hint(stop)}"
+    except BrokenPipeError:  # the program that reads the output has ended
+        status, message = 128 + 13, None
     except Exception as error:
-        if given.get("debug"):
+        if debug:
             raise
-        _leave_broken_stdout()
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-        return getattr(error, "status", 1)
-
-
-def _leave_broken_stdout():
-    """Where nothing can be printed any more, let Python not try again, and complain, at its end."""
+        status, message = getattr(error, "status", 1), f"error: {_describe(error)}"
     try:
-        sys.stdout.flush()
-    except OSError:
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+    except OSError:  # the output is closed or its disk is full: Python would try again at its end, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    return status
 
 
-def _one_line(error):
+def _describe(error):
+    """An error in one line, with flags in place of arguments: "valid_pct=2: ..." becomes "--valid-pct 2: ..."."""
     if isinstance(error, RunError):
-        return str(error)
+        values = [flag(name) + _as_word(value) for name, value in error.arguments.items()]
+        text = re.sub(r"`([a-z]\w*)`", lambda match: flag(match[1]), error.text)
+        return f"{', '.join(values)}: {text}" if values else text
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        resume = getattr(error, "resume", None)
-        return f"{where}{error.strerror}" + (f"; go on with: {resume}" if resume else "")
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}{_resume_hint(error)}"
     lines = (str(error).strip() or "no message").splitlines()
-    first = lines[-1].strip() if lines[0].startswith("Exception occured in") else lines[0]  # fastai's own in front
+    first = lines[-1].strip() if lines[0].startswith("Exception occured in") else lines[0]  # fastai puts that in front
     return f"{type(error).__name__}: {first} (the traceback: --debug)"
+
+
+def _as_word(value):
+    """A value behind its flag: nothing for a switch; in quotes where it is empty or would not print on one line."""
+    text = "" if value is True else str(value)
+    return "" if value is True else f" {text if text.strip() and text.isprintable() else printable(repr(value))}"
+
+
+def _resume_hint(error):
+    """How to go on after an error that carries `resume`: the folder of its run, or words."""
+    resume = getattr(error, "resume", None)
+    command = shlex.join(["python", sys.argv[0], flag("resume"), str(resume)]) if isinstance(resume, Path) else resume
+    return f"; go on with: {command}" if resume else ""

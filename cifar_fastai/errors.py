@@ -1,36 +1,43 @@
 """Errors that a user can act on: one line with the value, what is wrong with it and what to do."""
 
+from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["InputError", "RunError", "check_choice", "printable", "reason"]
+__all__ = ["InputError", "RunError", "check_choice", "printable", "reason", "renamed"]
 
 
 class RunError(Exception):
-    """A run could not go on, for example because of a full disk or a loss that is not a number. Exit status 1."""
-
-    status = 1
-
-    def __init__(self, message):
-        super().__init__(message)
-        self.message = message
-
-    def __str__(self):  # fastai rewrites the args of what a callback raises; the message stays one line
-        return self.message
-
-
-class InputError(RunError):
-    """An argument, a file or a data set cannot be used. Exit status 2.
+    """A run cannot go on, for example because of a full disk or a loss that is not a number. Exit status 1.
 
     `arguments` are the wrong arguments and their values: `InputError("must be below 1", valid_pct=2)` reads
     "valid_pct=2: must be below 1". The message names other arguments in backticks.
     """
 
-    status = 2
+    status = 1
 
     def __init__(self, message, /, **arguments):
         values = ", ".join(f"{name}={printable(repr(value))}" for name, value in arguments.items())
-        super().__init__(f"{values}: {message}" if values else message)
-        self.text, self.arguments = message, arguments
+        self.text, self.arguments, self.line = message, arguments, f"{values}: {message}" if values else message
+        super().__init__(self.line)
+
+    def __str__(self):  # fastai changes `args` of what a callback raises
+        return self.line
+
+
+class InputError(RunError):
+    """An argument, a file or a data set cannot be used. Exit status 2."""
+
+    status = 2
+
+
+@contextmanager
+def renamed(**names):
+    """In this block, an InputError calls its arguments by the caller's names: `renamed(cam_method="method")`."""
+    try:
+        yield
+    except InputError as error:
+        arguments = {names.get(name, name): value for name, value in error.arguments.items()}
+        raise InputError(error.text, **arguments) from None
 
 
 def check_choice(choices, **argument):
@@ -54,4 +61,4 @@ def printable(text):
 def reason(error):
     """Why an exception was raised, in a few words on one line."""
     cause = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-    return printable(getattr(cause, "strerror", None) or str(cause) or type(error).__name__)
+    return printable(str(getattr(cause, "strerror", None) or cause).strip() or type(error).__name__)

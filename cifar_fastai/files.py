@@ -22,9 +22,7 @@ def atomic_write(path, mode="w"):
     the name does. Raises OSError with `path` as its file name.
     """
     path = Path(path)
-    temporary = path.with_name(
-        f".{uuid.uuid4().hex}.tmp"
-    )  # not derived from the name, which may already be as long as allowed
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path` plus a suffix could be too long a name
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         # O_EXCL never follows a link; 0o666 is reduced by the user's umask, as for any file
@@ -53,10 +51,10 @@ def read_json(path):
     """The object in a JSON file as a dict. Raises InputError for a file that is missing, damaged or no object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: cannot be read (it holds no object)")
     return value
 
 
@@ -67,24 +65,21 @@ def lock_folder(folder):
     The system releases the lock when the process ends, however it ends. Raises OSError where the folder is missing or
     may not be written to.
     """
-    path = Path(folder) / ".lock"
-    lock = FileLock(path)
+    lock, is_free = FileLock(Path(folder) / ".lock"), True
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        yield False
-        return
+        is_free = False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network drives have no locks
             raise
-        yield True  # a file system without locks, such as some network drives
-        return
     try:
-        yield True
+        yield is_free
     finally:
-        with suppress(OSError):
-            path.unlink()  # safe while it is held: whoever has opened this file finds it unlinked and tries again
-        lock.release()
+        if lock.is_locked:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)  # while it is locked: who has opened it sees it unlinked and tries again
+            lock.release()
 
 
 def remove_leftovers(folder):

@@ -77,18 +77,18 @@ def hardware_name(device):
 
 def versions():
     """{name: version} of what a result depends on; git_commit is None unless the package lies in a checkout."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "fastai", "cifar_fastai"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
+            numbers[name] = None
     try:  # an installed package may lie in a checkout of something else
         _git("ls-files", "--error-unmatch", Path(__file__).name)
-        found["git_commit"] = _git("rev-parse", "--short", "HEAD").strip()
+        numbers["git_commit"] = _git("rev-parse", "--short", "HEAD").strip()
     except (OSError, subprocess.SubprocessError):
-        found["git_commit"] = None
-    return found
+        numbers["git_commit"] = None
+    return numbers
 
 
 def _git(*words):

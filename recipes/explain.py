@@ -1,6 +1,6 @@
-"""Why a run decides as it does: Grad-CAM for its worst errors, or for any image files.
+"""Explain a run's predictions: Grad-CAM for its errors, or for any image files.
 
-python recipes/explain.py runs/resnet18-20260101-120000 --images holiday.jpg cat.png
+Usage: python recipes/explain.py runs/resnet18-20260101-120000 --images holiday.jpg cat.png
 """
 
 from typing import Annotated
@@ -8,7 +8,7 @@ from typing import Annotated
 from cifar_fastai.cli import command
 
 
-@command()
+@command
 def main(
     run: str,  # The folder of a finished run
     images: Annotated[str, {"nargs": "+", "metavar": "FILE"}] = None,  # Image files of any size, not the run's errors
@@ -18,12 +18,12 @@ def main(
     n: int = 10,  # How many of the run's errors
     alpha: float = 0.5,  # Opacity of the heatmap in the overlay
     out: str = None,  # The picture (default: explain.png in the run's folder)
-    data: str = None,  # Where the run's images are, if not where they were
+    data: str = None,  # Where the run's images are, if they have moved
     device: str = "auto",  # auto, cpu, cuda, cuda:N or mps
     debug: bool = False,  # Show tracebacks
 ):
     "Explain a finished run: the three most probable classes as a table, the heatmaps as a picture."
-    from cifar_fastai.runs.explain import explain_run
+    from cifar_fastai.runs.explain import explain_run  # loads torch, which --help does not need
 
     return explain_run(run, images or (), layer, method, target, n, alpha, out, data, device)
 

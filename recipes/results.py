@@ -1,30 +1,29 @@
 """Keep finished runs as results, and make README's table from them.
 
-python recipes/results.py runs/resnet18-20260101-120000
+Usage: python recipes/results.py runs/resnet18-20260101-120000
 """
 
 from pathlib import Path
 from typing import Annotated
 
-from cifar_fastai.cli import command
+from cifar_fastai.cli import command, command_line
+from cifar_fastai.errors import RunError
 
 HERE = Path(__file__).resolve().parent
 
 
-@command()
+@command
 def main(
     runs: Annotated[str, {"opt": False, "nargs": "*", "metavar": "RUN"}] = None,  # Folders of finished runs to keep
     check: bool = False,  # Write nothing; fail where README differs from the results
     debug: bool = False,  # Show tracebacks
 ):
     "Keep the numbers of runs under recipes/results and bring the table in README up to date."
-    from cifar_fastai.results import keep_result, update_readme
-
-    from cifar_fastai.errors import RunError
+    from cifar_fastai.runs.table import keep_result, update_readme  # loads torch, which --help does not need
 
     for run in runs or ():
         print(f"kept: {keep_result(run, HERE / 'results').name}")
-    changed = update_readme(HERE.parent / "README.md", HERE / "results", check)
+    changed = update_readme(HERE.parent / "README.md", HERE / "results", command_line, check)
     if changed and check:
         raise RunError("README.md: its table is not the one that recipes/results gives; run recipes/results.py")
 

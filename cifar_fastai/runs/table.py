@@ -1,31 +1,27 @@
 """The runs that README quotes, kept in the repository, and the table that is made from them."""
 
-import json
 import shutil
 from collections import defaultdict
-from inspect import signature
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 from typing import NamedTuple
 
-from cifar_fastai.config import BASE, command_line, parameters
 from cifar_fastai.errors import InputError
-from cifar_fastai.files import atomic_write, write_json
-from cifar_fastai.presets import PRESETS
-from cifar_fastai.recipe_pages import recipe_page
-from cifar_fastai.runs.folder import suit_batches
+from cifar_fastai.files import atomic_write, read_json, write_json
+from cifar_fastai.recipes import resolve_recipe
+from cifar_fastai.runs.folder import read_config
+from cifar_fastai.runs.run import suit_data
+from cifar_fastai.settings import OPTIONS, PLACES, Settings
 
-__all__ = ["Kept", "keep_result", "load_results", "results_table", "to_repeat", "update_readme"]
+__all__ = ["Result", "keep_result", "load_results", "overrides_today", "results_table", "update_readme"]
 
 BEGIN, END = "<!-- results: made by recipes/results.py -->", "<!-- end of results -->"
-_KEPT = ("history.csv", "metrics.json", "predictions.csv", "curves.png")
-_PATHS = ("out", "data", "resume")  # parameters that may name a place on somebody's disk
-_OF_THE_RUN = (*_PATHS, "seed", "device", "precision", "flip")  # what the machine and the images decide
+_FILES = ("history.csv", "metrics.json", "predictions.csv", "curves.png")
+_NOT_COMPARED = {*PLACES, "seed", "precision", "flip"}  # a row has several seeds; device and data set the others
 
 
-class Kept(NamedTuple):
-    """A run that is kept: what its config.json and metrics.json hold, and where."""
+class Result(NamedTuple):
+    """A kept run: the content of its config.json and metrics.json, and its folder."""
 
     config: dict
     metrics: dict
@@ -33,113 +29,86 @@ class Kept(NamedTuple):
 
 
 def keep_result(run, folder):
-    """Copy what is needed to check a finished run into `folder`/<run's name>, without any path of the machine.
+    """Copy the files that document a finished run into `folder`/<run's name>, without any path of the machine.
 
     Raises InputError where `run` is not finished.
     """
     run, target = Path(run), Path(folder) / Path(run).resolve().name
-    missing = [name for name in ("config.json", *_KEPT) if not (run / name).exists()]
+    missing = [name for name in ("config.json", *_FILES) if not (run / name).exists()]
     if missing:
         raise InputError(f"{run}: no {', '.join(missing)} in it; only a finished run can be kept")
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run)
     if not config.get("recipe"):
         raise InputError(f"{run}: was made in a notebook; only a run that a command repeats can be kept")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in _PATHS:
-        for values in (config["parameters"], config["given"]):
+    for values in (config["parameters"], config["given"]):
+        for name in ("out", "data"):
             if values.get(name) is not None:
-                values[name] = _public(name, values[name])
-    config["data_source"] = _public("data", config["data_source"])
+                values[name] = Path(values[name]).name
+    config["data_source"] = Path(config["data_source"]).name
+    target.mkdir(parents=True, exist_ok=True)
     write_json(target / "config.json", config)
-    for name in _KEPT:
+    for name in _FILES:
         shutil.copyfile(run / name, target / name)
     return target
 
 
-def _public(name, value):
-    """`value` where it is a word that anybody may give, else the file's name alone."""
-    return value if name == "data" and "/" not in str(value) and "\\" not in str(value) else Path(str(value)).name
-
-
 def load_results(folder):
-    """The runs kept in `folder`, by name, each a `Kept`."""
+    """The runs kept in `folder`, by name: a list of `Result`."""
     runs = sorted(path.parent for path in Path(folder).glob("*/metrics.json"))
-    names = "config.json", "metrics.json"
-    return [Kept(*(json.loads((run / name).read_text(encoding="utf-8")) for name in names), run) for run in runs]
+    return [Result(read_json(run / "config.json"), read_json(run / "metrics.json"), run) for run in runs]
 
 
-def results_table(results):
-    """Markdown: a row for each setting, with mean and standard deviation over its seeds, and its command.
+def results_table(results, command_line):
+    """Markdown: a row for each command and commit, with mean and standard deviation over its seeds, and the commands.
 
-    By data set, the most accurate first. `results`: a list of `Kept`.
+    The most accurate first in each data set. `results`: `Result`s; `command_line(config, without)` gives a command.
     """
-    lines = [
-        "| data | network | epochs | seeds | test accuracy | with flip TTA | and shifts | training | hardware |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    commands = []
-    for (command, dataset, hardware, precision), runs in _rows(results):
-        columns = [
-            _percent([run.metrics[name] for run in runs])
-            for name in ("test_accuracy", "tta_accuracy", "tta_shift_accuracy")
-        ]
-        first, minutes = runs[0].metrics, mean(run.metrics["seconds"] for run in runs) / 60
-        facts = [
-            dataset,
-            first["model"],
-            first["epochs"],
-            len(runs),
-            *columns,
-            f"{minutes:.1f} min",
-            f"{hardware}, {precision}",
-        ]
-        lines.append("| " + " | ".join(str(fact) for fact in facts) + " |")
-        commands.append(f"`{command} --seed {' | '.join(str(run.metrics['seed']) for run in runs)}`")
-    return "\n".join([*lines, "", "The commands, row by row: " + "; ".join(commands) + "."])
+    columns = "data", "network", "epochs", "seeds", "test accuracy", "with flip TTA", "and shifts", "training"
+    rows, commands = [[*columns, "hardware", "commit"]], []
+    for (dataset, command, commit), runs in _rows(results, command_line):
+        metrics = [run.metrics for run in runs]
+        names = "test_accuracy", "tta_accuracy", "tta_shift_accuracy"
+        accuracies = [_percent([m[name] for m in metrics]) for name in names]
+        minutes = f"{mean(m['seconds'] for m in metrics) / 60:.1f} min"
+        hardware = "; ".join(dict.fromkeys(f"{m['hardware']}, {m['precision']}" for m in metrics))
+        model, epochs = metrics[0]["model"], metrics[0]["epochs"]
+        rows.append([dataset, model, epochs, len(runs), *accuracies, minutes, hardware, commit])
+        commands.append(f"`{command} --seed {' | '.join(str(m['seed']) for m in metrics)}`")
+    head, *lines = ("| " + " | ".join(map(str, cells)) + " |" for cells in rows)
+    return "\n".join([head, "|---" * 10 + "|", *lines, "", f"The commands, row by row: {'; '.join(commands)}."])
 
 
-def to_repeat(config):
-    """`config`, a kept run's, with what repeats it today as `given`: what was given then, and what the recipe's
-    defaults were that are others now; in the order of `parameters`, so that its repetition says the same.
+def overrides_today(config):
+    """The overrides with which the recipe of today has the parameters of a kept run, in the order of `Settings`.
 
-    InputError where there is no such recipe any more.
+    These are the overrides of that run, and the defaults that have changed since; a parameter that is newer than the
+    run was neutral. Raises InputError where the recipe is gone.
     """
-    given, then = config["given"], BASE | config["parameters"]  # a parameter that was not there yet changed nothing
-    preset = PRESETS[given["preset"]].settings if given.get("preset") in PRESETS else {}
-    now = SimpleNamespace(**recipe_page(config["recipe"])["RECIPE"].settings | preset | given, given=given)
-    suit_batches(now, config["train_images"])
-    others = then.keys() - given.keys() - set(_OF_THE_RUN) - ({"lr"} if "lr_find" in config else set())
-    changed = {name for name in others if getattr(now, name, None) != then[name]}
-    if "bs" in changed and "lr" in others:  # a default rate would no longer be lowered with it
-        changed.add("lr")
-    named, order = {name: then[name] for name in changed} | given, [*signature(parameters).parameters, *given]
-    return config | {"given": {name: named[name] for name in order if name in named}}
+    overrides, saved = config["given"], Settings.from_dict(config["parameters"]).to_dict()
+    settings, _ = resolve_recipe(config["recipe"], overrides)
+    bs, lr = suit_data(settings, overrides, config["train_images"])
+    current = settings.to_dict() | dict(bs=bs, lr=lr)
+    names = OPTIONS.keys() - overrides.keys() - _NOT_COMPARED - ({"lr"} if "lr_find" in config else set())
+    changes = {name for name in names if current[name] != saved[name]}
+    if "bs" in changes and "lr" in names:  # with `bs` set, a default rate is not lowered
+        changes.add("lr")
+    values = {name: saved[name] for name in changes} | overrides
+    return {name: values[name] for name in OPTIONS if name in values}
 
 
-def _rows(results):
-    """[((command, dataset, hardware, precision), runs by seed)], the most accurate first in each data set."""
+def _rows(results, command_line):
+    """[((dataset, command, commit), runs by seed)], the most accurate first in each data set."""
     rows = defaultdict(list)
     for run in sorted(results, key=lambda run: run.metrics["seed"]):
-        about = (run.metrics[name] for name in ("dataset", "hardware", "precision"))
-        rows[command_line(to_repeat(run.config), without=("seed",)), *about].append(run)
+        command = command_line(run.config | {"given": overrides_today(run.config)}, without=("seed",))
+        commit = run.config.get("versions", {}).get("git_commit") or "-"
+        rows[run.metrics["dataset"], command, commit].append(run)
 
     def rank(row):
-        (command, dataset, *machine), runs = row
-        return dataset, -mean(run.metrics["test_accuracy"] or 0 for run in runs), command, machine
+        (dataset, *names), runs = row
+        return dataset, -mean(run.metrics["test_accuracy"] or 0 for run in runs), names
 
     return sorted(rows.items(), key=rank)
-
-
-def _curves(results, root):
-    """The curves of the first row's first run, as lines of Markdown for a file in the folder `root`; no run, none."""
-    if not results:
-        return ""
-    _, (run, *_) = _rows(results)[0]
-    told, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
-    return (
-        f"\n\n![Loss and accuracy by epoch: {told['model']}, {told['epochs']} epochs of {told['dataset']}, "
-        f"seed {told['seed']}]({path.as_posix()})"
-    )
 
 
 def _percent(values):
@@ -149,19 +118,27 @@ def _percent(values):
     return f"{mean(values):.2%}{spread}"
 
 
-def update_readme(readme, folder, check=False):
-    """Write the table of the results in `folder`, and the first one's curves, into `readme`; whether it changed.
+def _curves(results, command_line, root):
+    """The curves of the first row's first run, as lines of Markdown for a file in the folder `root`."""
+    if not results:
+        return ""
+    _, (run, *_) = _rows(results, command_line)[0]
+    metrics, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
+    title = f"{metrics['model']}, {metrics['epochs']} epochs of {metrics['dataset']}, seed {metrics['seed']}"
+    return f"\n\n![Loss and accuracy by epoch: {title}]({path.as_posix()})"
 
-    They stand between its two marks. With `check` nothing is written. Raises InputError where the marks are missing.
+
+def update_readme(readme, folder, command_line, check=False):
+    """Write the table of the results in `folder`, and the first one's curves, between the two marks in `readme`.
+
+    Returns whether it changed. With `check` nothing is written. Raises InputError where the marks are missing.
     """
-    text = Path(readme).read_text(encoding="utf-8")
+    text, results = Path(readme).read_text(encoding="utf-8"), load_results(folder)
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{readme}: the lines {BEGIN} and {END} must stand in it once")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    results = load_results(folder)
-    made = results_table(results) + _curves(results, Path(readme).parent)
-    new = f"{before}{BEGIN}\n{made}\n{END}{after}"
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    table = results_table(results, command_line) + _curves(results, command_line, Path(readme).parent)
+    new = f"{before}{BEGIN}\n{table}\n{END}{after}"
     if new != text and not check:
         with atomic_write(readme) as file:
             file.write(new)

@@ -1,243 +1,231 @@
-"""One run from start to end: the story that every recipe tells."""
+"""One run from start to end: data, learner, fit, evaluation, files."""
 
 import os
 import random
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cifar_fastai.config import resolve
 from cifar_fastai.data.images import load_images
-from cifar_fastai.errors import InputError, RunError, reason
-from cifar_fastai.files import lock_folder, remove_leftovers, write_json
+from cifar_fastai.errors import InputError, RunError, reason, renamed
+from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
-from cifar_fastai.plots.charts import plot_lr_find, save_figure
-from cifar_fastai.runs.folder import learner_for, make_folder, run_config
+from cifar_fastai.plots.style import save_figure
+from cifar_fastai.recipes import resolve_recipe
+from cifar_fastai.runs.folder import make_folder, picture_path
 from cifar_fastai.runs.results import check_layers, write_results
-from cifar_fastai.runs.resume import resume_command, run_to_resume, saved_run
-from cifar_fastai.training.checkpoint import Checkpoint, set_random_states
+from cifar_fastai.runs.run import build_run
+from cifar_fastai.settings import PLACES, Settings, check_values
+from cifar_fastai.training.callbacks import KeepBest
+from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint, set_random_states
 from cifar_fastai.training.compiling import choose_compile, compile_model
-from cifar_fastai.training.history import History, in_epochs
 from cifar_fastai.training.loggers import TensorBoardLog
-from cifar_fastai.training.progress import ConsoleProgress
-from cifar_fastai.training.range_test import range_test
-from cifar_fastai.training.recorder import DeviceProgress
-from cifar_fastai.training.runlog import KeepBest, RunLog, StopWaiting
+from cifar_fastai.training.range_test import check_range, range_test
+from cifar_fastai.training.recorder import ConsoleProgress, DeviceProgress, in_epochs
 from cifar_fastai.training.schedule import fit_scheduled
 from cifar_fastai.training.signals import StopOnSignal, Stopped, catch_signals
 
 __all__ = ["find_lr", "train"]
 
 
-def train(recipe, given, finish=None):
-    """Train, evaluate and explain one network as `recipe` (a Recipe) and `given` (a dict of parameters) say.
+def train(recipe="resnet18", resume=None, finish=write_results, **overrides):
+    """Train, evaluate and explain one network: the recipe of this name with `overrides`, parameters of `Settings`.
 
-    `finish` takes the trained run and by default writes all that a run's folder holds. Returns the folder. InputError
-    for what cannot be, RunError for what went wrong, Stopped by a signal; up to the last finished epoch all is kept,
-    and `--resume` goes on from there. On a CPU the process keeps, from here on, the memory that it frees.
+    `resume`: the folder of an interrupted run, or "latest". `finish` gets the trained `Run` and writes its results.
+    Returns the run's folder. Raises InputError for what cannot be used, RunError if the run cannot go on, Stopped after
+    a signal; every finished epoch is kept, and `resume` continues from there. On a CPU the process keeps the memory
+    that it frees from here on.
     """
     with catch_signals(), ExitStack() as stack:
-        folder = None if given.get("resume") is None else run_to_resume(given["resume"])
+        folder = None if resume is None else _unfinished_run(resume, recipe)
         try:
-            run = _new(recipe, given, stack) if folder is None else _resumed(recipe, given, folder, stack)
+            run = _resume_run(recipe, overrides, folder, stack) if folder else _start_run(recipe, overrides, stack)
             folder = run.folder
+            _print_header(run)
+            run.write_config()
             _fit(run)
-            (finish or write_results)(run)
+            finish(run)
             (folder / "checkpoint.pth").unlink(missing_ok=True)
         except (Stopped, OSError) as error:
-            if folder is not None and os.path.exists(folder / "checkpoint.pth"):
-                error.resume = resume_command(recipe.name, folder)
+            if folder and os.path.exists(folder / "checkpoint.pth"):
+                error.resume = folder
             raise
     return folder
 
 
-def find_lr(recipe, given, start_lr=1e-5, end_lr=10.0, num_it=100):
-    """The range test alone, as a picture in `--out` (lr_find.png by default) and as numbers; the RangeTest."""
-    if not 0 < start_lr < end_lr < float("inf"):
-        raise InputError(f"--start-lr {start_lr:g}, --end-lr {end_lr:g}: the first must lie between 0 and the second")
-    if num_it < 20:
-        raise InputError(f"--num-it {num_it}: give at least 20 steps")
-    out = Path(given.get("out") or "lr_find.png")
-    if out.suffix != ".png" or not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: give a file name that ends in .png, in a folder that exists")
-    if given.get("resume"):
-        raise InputError("--resume: a range test takes seconds and is done anew; resume goes with the other recipes")
-    cfg = resolve(recipe, {name: value for name, value in given.items() if name != "out"})
-    cfg.given = _given(cfg, given)
+def find_lr(recipe="resnet18", start_lr=1e-5, end_lr=10.0, num_it=100, out=None, **overrides):
+    """The range test alone, as a picture in `out` (default: lr_find.png) and as numbers: a RangeTest."""
+    check_range(start_lr, end_lr, num_it)
+    out = picture_path(out or "lr_find.png")
+    settings, overrides = resolve_recipe(recipe, {"lr": "find"} | overrides)
     with catch_signals():
-        run = _prepared(recipe.name, cfg, choose_device(cfg.device))
-        train = run.learn.dls.train
-        print(f"{cfg.model} on {run.images.name}: {num_it} steps of {cfg.bs} of {len(train.dataset):,} train images")
-        with _bare(run.learn), run.learn.added_cbs(ConsoleProgress()):
-            found = range_test(run.learn, start_lr, end_lr, num_it)
-    save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), out)
-    for name, lr in found.suggestions.items():
+        run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
+        n_train = len(run.learn.dls.train_ds)
+        print(f"{settings.model} on {run.images.name}: {num_it} steps of {run.bs} of {n_train:,} train images")
+        with _console(run.learn), run.learn.added_cbs(ConsoleProgress()):
+            test = range_test(run.learn, start_lr, end_lr, num_it)
+    save_figure(test.plot(), out)
+    for name, lr in test.suggestions.items():
         print(f"{name:<8} {'-' if lr is None else f'{lr:.3g}'}")
     print(f"picture: {out}")
-    return found
+    return test
 
 
-def _given(cfg, given):
-    """The resolved values of what was set at all; 0 is."""
-    return {name: getattr(cfg, name) for name, value in given.items() if value is not None and value is not False}
-
-
-def _new(recipe, given, stack):
-    """A run that starts: everything is checked before its folder is made."""
-    cfg = resolve(recipe, given)
-    cfg.given = _given(cfg, given)
-    run = _prepared(recipe.name, cfg, choose_device(cfg.device))
-    run.folder = make_folder(recipe.name, cfg.out)
+def _start_run(recipe, overrides, stack):
+    """A new run: everything is checked before its folder is made."""
+    settings, overrides = resolve_recipe(recipe, overrides)
+    run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
+    run.folder = make_folder(recipe, settings.out)
     if not stack.enter_context(lock_folder(run.folder)):
-        raise InputError(f"--out {run.folder}: another run is going on there; give another folder")
-    _print_header(run)
-    write_json(run.folder / "config.json", run.config)
+        raise InputError("another process is training there; choose another folder", out=str(run.folder))
     return run
 
 
-def _resumed(recipe, given, folder, stack):
-    """A run that goes on from its checkpoint, with the parameters it was started with."""
+def _unfinished_run(resume, recipe):
+    """The folder of an interrupted run: `resume` is a path or "latest". InputError where no run can go on."""
+    folder = latest_unfinished(recipe=recipe) if str(resume) == "latest" else Path(resume)
+    if (folder / "checkpoint.pth").exists():
+        return folder
+    problem = "no checkpoint.pth in it: no epoch was finished, start again" if folder.is_dir() else "no such folder"
+    raise InputError("this run is finished" if (folder / "metrics.json").exists() else problem, resume=str(folder))
+
+
+def _resume_run(recipe, overrides, folder, stack):
+    """A run that goes on from its checkpoint, with the settings it was started with."""
     if not stack.enter_context(lock_folder(folder)):
-        raise InputError(f"--resume {folder}: this run is going on, in another process")
-    saved, cfg = saved_run(folder, recipe.name, given)
-    device = choose_device(given.get("device") or saved["config"]["device"])
-    if not str(saved["config"]["device"]).startswith(device.type):  # what was chosen there may not be had here
-        cfg.precision = saved["given"].get("precision", "auto")
-    run = _prepared(recipe.name, cfg, device, fingerprint=saved["fingerprint"])
-    compiled = {"compiled": saved["config"].get("compiled", False)}  # also where no epoch is left to compile for
-    run.folder, run.saved, run.config = folder, saved, saved["config"] | run.config | compiled
+        raise InputError("another process is training this run", resume=str(folder))
+    path = folder / "checkpoint.pth"
+    checkpoint = load_checkpoint(path)
+    config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
+    if checkpoint["recipe"] != recipe:
+        raise InputError(f"a run of recipes/{checkpoint['recipe']}.py, not of {recipe}.py", resume=str(folder))
     try:
-        run.learn.model.load_state_dict(saved["model"])
+        settings = Settings.from_dict(config["parameters"])
+    except (InputError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not hold the parameters of a run ({reason(error)})") from None
+    _refuse_changes(overrides, settings, original | {"out": str(folder)})
+    device = choose_device(overrides.get("device") or config["device"])
+    # another kind of device may not have the saved precision
+    precision = None if str(config["device"]).startswith(device.type) else original.get("precision", "auto")
+    run = _prepare_run(recipe, settings, original, device, precision, checkpoint["fingerprint"])
+    run.folder, run.checkpoint = folder, checkpoint
+    run.suggestions = config.get("lr_find")
+    if checkpoint["finished_epochs"]:  # nothing is left to compile for
+        run.compiled = config.get("compiled", False)
+    try:
+        run.learn.model.load_state_dict(checkpoint["model"])
     except Exception as error:
-        raise InputError(f"{folder / 'checkpoint.pth'}: does not fit the network ({reason(error)})") from None
+        raise InputError(f"{path}: does not fit the network ({reason(error)})") from None
     remove_leftovers(folder)
-    print(f"going on with {folder} after epoch {saved['epoch']} of {cfg.epochs}", flush=True)
-    _print_header(run)
-    write_json(folder / "config.json", run.config)
+    print(f"going on with {folder} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
     return run
 
 
-def _prepared(name, cfg, device, fingerprint=None):
-    """Data, learner and what is decided about them, for a run called `name`."""
-    precision, why_precision = choose_precision(cfg.precision, device)
+def _refuse_changes(overrides, settings, original):
+    """InputError for parameters but `device` that differ from the run's; `original`: the overrides of its start."""
+    values = {name: value for name, value in overrides.items() if value is not None and name != "device"}
+    for name, value in check_values(**values).items():
+        saved = [getattr(settings, name), original.get(name)]
+        if name in PLACES:
+            value, saved = os.path.abspath(value), [path and os.path.abspath(path) for path in saved]
+        if value not in saved:
+            message = f"this run has {saved[0]}; with `resume` only `device` may be set"
+            raise InputError(message, **{name: overrides[name]})
+
+
+def _prepare_run(recipe, settings, overrides, device, precision=None, fingerprint=None):
+    """A `Run` with data and learner, without a folder. `fingerprint`: of the images that a resumed run needs."""
+    precision, precision_reason = choose_precision(precision or settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    images = load_images(cfg.data)
+    images = load_images(settings.data)
     if images.note:
         print(f"\n*** {images.note} ***\n", flush=True)
     if fingerprint not in (None, images.fingerprint):
         raise InputError(f"{images.source}: the images have changed since the run began; it needs the same ones")
-    _seed(cfg.seed)
-    cfg.precision = precision
-    learn = learner_for(cfg, images, device)
-    check_layers(learn, cfg)
-    n_images = cfg.epochs * len(learn.dls.train) * cfg.bs
-    compiled, why_compile = choose_compile(cfg.compile, device, n_images)
-    config = run_config(name, cfg, images, learn)
-    return SimpleNamespace(
-        name=name,
-        cfg=cfg,
-        images=images,
-        learn=learn,
-        device=device,
-        config=config,
-        saved=None,
-        folder=None,
-        why_precision=why_precision,
-        compiled=compiled,
-        why_compile=why_compile,
-        started=time.perf_counter(),
-        n_parameters=sum(p.numel() for p in learn.model.parameters()),
-        eval_split=config["eval_split"],
-    )
-
-
-def _seed(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    for set_seed in random.seed, np.random.seed, torch.manual_seed:
+        set_seed(settings.seed)
+    run = build_run(recipe, settings, overrides, images, device, precision, precision_reason)
+    if settings.cam_layer:  # before the training, not after it
+        with renamed(layer="cam_layer"):
+            check_layers(run.learn, settings.cam_layer, settings.cam_method)
+    n_images = settings.epochs * len(run.learn.dls.train) * run.bs
+    run.compiled, run.compile_reason = choose_compile(settings.compile, device, n_images)
+    return run
 
 
 def _print_header(run):
-    cfg, images, train = run.cfg, run.images, run.learn.dls.train
-    split = f"{len(run.learn.dls.valid_ds):,} {run.eval_split}"
-    peak = "found by a range test" if cfg.lr == "find" else f"{cfg.lr:g}"
-    print(
-        f"{cfg.model} on {images.name}: {len(train.dataset):,} train and {split} images of {len(images.classes)} "
-        f"classes; {run.n_parameters:,} parameters"
-    )
+    s, dls, images = run.settings, run.learn.dls, run.images
+    name = f"{s.model} (preset {s.preset})" if s.preset else s.model
+    sizes = f"{len(dls.train_ds):,} train and {len(dls.valid_ds):,} {run.eval_split} images"
+    lowered = f" ({s.lr:g} lowered with the batch size, {run.bs} of {s.bs})" if run.lr != s.lr != "find" else ""
+    lr = "from a range test" if run.lr == "find" else f"{run.lr:g}{lowered}"
+    compiled = "compiled" if run.compiled else "not compiled"
+    classes, parameters = len(images.classes), run.n_parameters
+    print(f"{name} on {images.name}: {sizes} of {classes} classes; {parameters:,} parameters")
     print(f"images: {images.source}")
-    print(
-        f"{run.config['hardware']}: {cfg.precision} ({run.why_precision}), "
-        f"{'compiled' if run.compiled else 'not compiled'} ({run.why_compile})"
-    )
-    print(
-        f"{in_epochs(cfg.epochs)} of {len(train)} steps of {cfg.bs}; {cfg.opt}, {cfg.sched}, lr {peak}; seed {cfg.seed}"
-    )
+    print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
+    print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
     print(f"files: {run.folder}", flush=True)
 
 
 def _fit(run):
     """Train what is left to train; afterwards the model holds the weights that are evaluated."""
-    cfg, saved = run.cfg, run.saved
-    log = run.log = RunLog(run.folder / "history.csv", run.eval_split, saved["rows"] if saved else ())
-    run.tensorboard = TensorBoardLog(run.folder / "tensorboard") if cfg.tensorboard else None
-    if saved:
-        log.lrs, log.moms = list(saved["lrs"]), list(saved["moms"])
-        log.write()
-        if saved["finished_epochs"]:
-            run.learn.model.load_state_dict(saved["callbacks"].get("ema", saved)["model"])
-            set_random_states(saved["random"], run.learn.dls)
-            return
+    history, checkpoint = run.history, run.checkpoint
+    history.path, history.eval_split, history.verbose = run.folder / "history.csv", run.eval_split, True
+    if checkpoint:
+        history.rows, history.lrs, history.moms = (list(checkpoint[name]) for name in ("rows", "lrs", "moms"))
+        history.write()
+    if checkpoint and checkpoint["finished_epochs"]:
+        averaged = checkpoint["callbacks"].get("weight_average", {})
+        run.learn.model.load_state_dict(averaged.get("average", checkpoint["model"]))
+        set_random_states(checkpoint["random"], run.learn.dls)
+        return
     try:
-        _train(run)
+        return _train(run)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-    else:
-        return
-    fits = _fitting_bs(run)  # out here, where nothing holds the tensors of the step that failed
-    hint = f"try --bs {fits}, which fits" if fits else "not even one image fits, try --device cpu"
-    raise RunError(f"--bs {cfg.bs}: too large for the memory of {run.config['hardware']}; {hint}")
+    bs = _fitting_bs(run)  # outside the handler, where nothing holds the tensors of the failed step
+    hint = f"try `bs` {bs}, which fits" if bs else "not even one image fits, try `device` cpu"
+    raise RunError(f"too large for the memory of {run.machine[0]}; {hint}", bs=run.bs)
 
 
 def _train(run):
-    cfg, learn, saved = run.cfg, run.learn, run.saved
+    s, learn, checkpoint = run.settings, run.learn, run.checkpoint
     if run.compiled:
         _compile(run)
-    meta = {"config": run.config, "given": cfg.given, "recipe": run.name, "fingerprint": run.images.fingerprint}
-    cbs = [run.log, Checkpoint(run.folder / "checkpoint.pth", meta, saved), StopOnSignal(), ConsoleProgress()]
-    if cfg.save_best or cfg.patience:
-        cbs += [KeepBest(run.folder / "best.pth" if cfg.save_best else None, cfg.patience), StopWaiting()]
-    if run.tensorboard:
-        cbs.append(run.tensorboard)
-    with learn.no_logging(), _bare(learn):
-        if cfg.lr == "find":
+    with learn.no_logging(), _console(learn):
+        if run.lr == "find":
             _find_lr(run)
-        run.log.print_header()
-        fit_scheduled(learn, cfg, cfg.lr, cbs, start_epoch=saved["epoch"] if saved else 0)
+        meta = dict(config=run.config, given=run.overrides, recipe=run.recipe, fingerprint=run.images.fingerprint)
+        cbs = [Checkpoint(run.folder / "checkpoint.pth", meta, checkpoint), StopOnSignal(), ConsoleProgress()]
+        if s.save_best or s.patience:
+            cbs.append(KeepBest(run.folder / "best.pth" if s.save_best else None, s.patience))
+        if s.tensorboard:
+            cbs.append(TensorBoardLog(run.folder / "tensorboard"))
+        fit_scheduled(learn, s, run.lr, cbs, start_epoch=checkpoint["epoch"] if checkpoint else 0)
 
 
-def _bare(learn):
-    """Without what notebooks see. The bar floods a log, and fastai's own `no_bar` puts another one in its place."""
-    return learn.removed_cbs(learn._grab_cbs((DeviceProgress, History)))
+def _console(learn):
+    """Without the progress bar of notebooks, which floods a log; fastai's own `no_bar` adds another one."""
+    return learn.removed_cbs(learn._grab_cbs(DeviceProgress))
 
 
 def _is_out_of_memory(error):
-    """torch has a class for CUDA's alone; the CPU's and Apple's come as RuntimeError."""
-    words = str(error).lower()
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "out of memory" in words or "can't allocate memory" in words
+    """torch has a class for CUDA's errors; those of the CPU and of Apple's GPU are RuntimeErrors."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(text in str(error).lower() for text in ("out of memory", "can't allocate memory"))
 
 
 def _fitting_bs(run):
     """The largest of a half, a quarter, ... of the batch size with which a training step fits; None if none does."""
-    learn, bs = run.learn, run.cfg.bs // 2
+    learn, bs = run.learn, run.bs // 2
     while bs:
         learn._end_cleanup()
         learn.loss_grad = None
@@ -245,7 +233,7 @@ def _fitting_bs(run):
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            with autocast(run.device, run.cfg.precision):
+            with autocast(run.device, run.precision):
                 out = learn.model.train().forward(torch.zeros(bs, 3, 32, 32, device=run.device))  # (bs, classes)
             F.cross_entropy(out.float(), torch.zeros(bs, dtype=torch.long, device=run.device)).backward()
             return bs
@@ -254,26 +242,23 @@ def _fitting_bs(run):
 
 
 def _compile(run):
-    began = time.perf_counter()
-    batch = torch.zeros(run.cfg.bs, 3, 32, 32, device=run.device)  # as training gives them
-    failed = compile_model(run.learn.model, batch, autocast(run.device, run.cfg.precision))
-    run.config["compiled"] = not failed
-    write_json(run.folder / "config.json", run.config)
-    winograd = ", with Winograd's convolutions" if (run.device.type, run.cfg.precision) == ("cpu", "fp32") else ""
-    print(failed or f"compiled in {time.perf_counter() - began:.0f} s{winograd}", flush=True)
+    start, batch = time.perf_counter(), torch.zeros(run.bs, 3, 32, 32, device=run.device)  # as in training
+    failure = compile_model(run.learn.model, batch, autocast(run.device, run.precision))
+    run.compiled = not failure
+    run.write_config()
+    winograd = ", with Winograd's convolutions" if (run.device.type, run.precision) == ("cpu", "fp32") else ""
+    print(failure or f"compiled in {time.perf_counter() - start:.0f} s{winograd}", flush=True)
 
 
 def _find_lr(run):
     """Take the learning rate from a range test, keep its picture, and write the number into config.json."""
-    cfg = run.cfg
-    print(f"range test of 100 steps of {cfg.bs}", flush=True)
+    print(f"range test of 100 steps of {run.bs}", flush=True)
     with run.learn.added_cbs(ConsoleProgress()):
-        found = range_test(run.learn)
-    save_figure(plot_lr_find(found.lrs, found.losses, found.suggestions), run.folder / "lr_find.png")
-    cfg.lr = found.suggestions[cfg.lr_suggest]
-    if cfg.lr is None:
-        raise RunError(f"--lr find: the range test gives no {cfg.lr_suggest}; try --lr-suggest valley, or give --lr")
-    run.config["parameters"]["lr"] = cfg.lr
-    run.config["lr_find"] = found.suggestions
-    write_json(run.folder / "config.json", run.config)
-    print(f"lr {cfg.lr:.3g}: the {cfg.lr_suggest} of the range test", flush=True)
+        test = range_test(run.learn)
+    save_figure(test.plot(), run.folder / "lr_find.png")
+    rule = run.settings.lr_suggest
+    if test.suggestions[rule] is None:
+        raise RunError(f"the range test gives no {rule}; try `lr_suggest` valley, or set `lr`")
+    run.lr, run.suggestions = test.suggestions[rule], test.suggestions
+    run.write_config()
+    print(f"lr {run.lr:.3g}: the {rule} of the range test", flush=True)

@@ -1,0 +1,13 @@
+"""For a notebook: `from cifar_fastai.all import *`, which hides no name of `fastai.vision.all`.
+
+Our `RandomCrop` is `BatchRandomCrop` here; `resnet18`, `resnet34` and `test_dl` are left to fastai and torchvision
+(`create_model("resnet18")` makes our network).
+"""
+
+import cifar_fastai
+from cifar_fastai.api import RandomCrop as BatchRandomCrop
+
+_LEFT_OUT = ("RandomCrop", "resnet18", "resnet34", "test_dl", "write_report")
+__all__ = ["BatchRandomCrop", *(name for name in cifar_fastai.__all__ if name not in _LEFT_OUT)]
+
+globals().update({name: getattr(cifar_fastai, name) for name in __all__[1:]})

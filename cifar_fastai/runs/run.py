@@ -1,0 +1,180 @@
+"""A run as an object: its settings, the decisions about them, and its learner; also how to load a finished run."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.training import GradientClip
+from fastai.learner import Learner
+
+from cifar_fastai.api import ImageSet, cifar_dls, cifar_learner, load_images
+from cifar_fastai.data.loaders import augmentations, default_bs, split_rows
+from cifar_fastai.errors import InputError
+from cifar_fastai.files import write_json
+from cifar_fastai.hardware import choose_device, choose_precision, hardware_name, versions
+from cifar_fastai.runs.folder import read_config
+from cifar_fastai.settings import PLACES, Settings
+from cifar_fastai.training.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
+from cifar_fastai.training.checkpoint import load_weights
+from cifar_fastai.training.recorder import read_history
+from cifar_fastai.training.schedule import one_cycle_steps
+
+__all__ = ["Run", "build_run", "load_network", "load_run", "suit_data"]
+
+_AUGMENT = signature(augmentations).parameters.keys() - {"flip"}
+_OPTIMIZATION = "opt", "momentum", "mom_min", "nesterov", "wd", "wd_bn_bias", "label_smoothing"
+_CALLBACKS = dict(l1=L1Penalty, clip=GradientClip, clip_value=ClipValue, mixup=MixUp, cutmix=CutMix, ema=WeightAverage)
+
+
+@dataclass
+class Run:
+    """One run. `settings` and `overrides` never change; later decisions have fields of their own."""
+
+    recipe: str | None  # None: trained in a notebook
+    settings: Settings
+    overrides: dict  # the parameters that the user set
+    images: ImageSet
+    learn: Learner
+    bs: int  # a default is lowered for a small set
+    lr: float | str  # "find" until the range test is done
+    flip: float
+    precision: str
+    precision_reason: str = ""
+    compiled: bool = False
+    compile_reason: str = ""
+    suggestions: dict | None = None  # of the range test
+    folder: Path | None = None
+    checkpoint: dict | None = None  # where a resumed run goes on
+
+    @property
+    def device(self):
+        return self.learn.dls.device
+
+    @property
+    def eval_split(self):
+        """The split that is evaluated after every epoch: "test", or "valid" where one was cut from train."""
+        return "test" if self.settings.valid_pct is None else "valid"
+
+    @property
+    def history(self):
+        return self.learn.history
+
+    @cached_property
+    def n_parameters(self):
+        return sum(p.numel() for p in self.learn.model.parameters())
+
+    @property
+    def parameters(self):
+        """Every parameter by name, with the values that the run uses."""
+        decisions = dict(bs=self.bs, lr=self.lr, flip=self.flip, precision=self.precision)
+        return self.settings.to_dict() | decisions
+
+    @property
+    def config(self):
+        """The content of config.json."""
+        images, dls, (hardware, software) = self.images, self.learn.dls, self.machine
+        config = dict(recipe=self.recipe, given=self.overrides, parameters=self.parameters)
+        config |= dict(data_name=images.name, data_source=images.source, data_fingerprint=images.fingerprint)
+        config |= dict(note=images.note, classes=list(images.classes), train_images=len(dls.train_ds))
+        config |= dict(mean=list(map(float, images.mean)), std=list(map(float, images.std)))
+        config |= dict(device=str(self.device), hardware=hardware, precision=self.precision)
+        config |= dict(compiled=self.compiled, eval_split=self.eval_split, versions=software)
+        config |= {} if self.suggestions is None else dict(lr_find=self.suggestions)
+        return config | self.history.origin  # the machine of a loaded learner, if no training followed
+
+    @cached_property
+    def machine(self):
+        """The hardware's name and the versions of the software."""
+        return hardware_name(self.device), versions()
+
+    def write_config(self):
+        write_json(self.folder / "config.json", self.config)
+
+
+def suit_data(settings, overrides, n_train):
+    """(bs, lr) for `n_train` images: a default batch size is lowered to 20 steps an epoch, a default rate with it."""
+    bs = settings.bs if "bs" in overrides else default_bs(settings.bs, n_train)
+    if bs == settings.bs or "lr" in overrides or settings.lr == "find":
+        return bs, settings.lr
+    # smaller batches are noisier: for SGD this is Goyal and others' linear rule, arXiv:1706.02677
+    return bs, settings.lr * (bs / settings.bs)
+
+
+def build_run(recipe, settings, overrides, images, device, precision, precision_reason=""):
+    """A `Run` with the learner that `settings` describe, on `device` in `precision` ("fp32", "fp16" or "bf16").
+
+    Raises InputError for settings that do not fit the data.
+    """
+    s = settings
+    n_train = len(split_rows(images, s.valid_pct, s.split_seed, s.subset)[0])
+    bs, lr = suit_data(s, overrides, n_train)
+    flip = images.flip if s.flip is None else s.flip
+    augment = {name: getattr(s, name) for name in _AUGMENT}
+    dls = cifar_dls(images, bs, s.valid_pct, s.split_seed, s.subset, flip, device, **augment)
+    options = {name: getattr(s, name) for name in _OPTIMIZATION} | {"lr": 0.1 if lr == "find" else lr}
+    learn = cifar_learner(dls, s.model, precision=precision, cbs=_callbacks(s), **options)
+    learn.recorder.train_metrics = not (s.mixup or s.cutmix)  # a mixed image has two right classes
+    return Run(recipe, s, overrides, images, learn, bs, lr, flip, precision, precision_reason)
+
+
+def _callbacks(settings):
+    values = {name: getattr(settings, name) for name in _CALLBACKS}
+    return [StopOnBadLoss(), *(_CALLBACKS[name](value) for name, value in values.items() if value)]
+
+
+def load_run(folder, device="auto", data=None, weights="model.pth"):
+    """The learner of a finished run, from its config.json, history.csv and weights alone: (learn, config).
+
+    learner.pkl is not read. `data`: an ImageSet, or the place of the images if they have moved. InputError where the
+    run is not finished, a file is damaged, or the images differ from those that it was trained with.
+    """
+    config, settings, device, precision, path = _read_run(folder, device, weights)
+    images = data if isinstance(data, ImageSet) else load_images(settings.data if data is None else data)
+    if images.fingerprint != config.get("data_fingerprint"):
+        trained = f"not the images this run was trained with ({config.get('data_name')})"
+        raise InputError(f"{images.source}: {trained}; say where those are with `data`")
+    learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
+    load_weights(learn.model, path)
+    _restore_history(learn, Path(folder), settings, config)
+    return learn, config
+
+
+def load_network(folder, device="auto"):
+    """The learner of a finished run for other images; it does not need the run's. InputError as for `load_run`."""
+    config, settings, device, precision, path = _read_run(folder, device)
+    classes, n = tuple(config["classes"]), len(config["classes"])
+    pixels, labels = np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2)
+    about = dict(name=config["data_name"], source=config["data_source"], mean=config["mean"], std=config["std"])
+    black = ImageSet(classes=classes, images=pixels, labels=labels, n_train=n, **about)
+    learn = cifar_learner(cifar_dls(black, bs=1, device=device), settings.model, precision=precision)
+    load_weights(learn.model, path)
+    return learn
+
+
+def _read_run(folder, device, weights="model.pth"):
+    """(config, settings, device, precision, path of the weights) of a finished run, to load it on `device`."""
+    config, path = read_config(folder), Path(folder) / weights
+    settings, device = Settings.from_dict(config["parameters"]), choose_device(device)
+    is_same_kind = str(config.get("device")).startswith(device.type)  # another may not have the run's precision
+    precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
+    if not path.exists():
+        is_finished = (Path(folder) / "metrics.json").exists()
+        advice = "" if is_finished else "; the run is not finished: resume it with its recipe"
+        raise InputError(f"{folder}: no {weights} in it{advice}")
+    return config, settings, device, precision, path
+
+
+def _restore_history(learn, folder, settings, config):
+    """Give `learn` the history and the settings of the run in `folder`."""
+    history = learn.history
+    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "compiled", "versions")}
+    if (folder / "history.csv").exists():
+        history.rows.extend(read_history(folder / "history.csv"))
+    if settings.sched == "one-cycle":
+        n_steps = len(learn.dls.train)
+        steps = one_cycle_steps(settings, settings.epochs * n_steps)
+        history.lrs, history.moms = (list(values[: len(history.rows) * n_steps]) for values in steps)
