@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from tiny_net import TinyNet
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -27,32 +27,8 @@ def tiny_images():
     images = rng.integers(0, 160, (66, 3, 32, 32), dtype=np.uint8)
     images[np.arange(66), labels] += 90
     pixels = images[:48] / 255
-    return ImageSet(
-        name="tiny",
-        classes=("red", "green", "blue"),
-        images=images,
-        labels=labels,
-        n_train=48,
-        mean=tuple(pixels.mean((0, 2, 3))),
-        std=tuple(pixels.std((0, 2, 3))),
-        fingerprint="f00d",
-        source="made up",
-        note=None,
-    )
-
-
-class TinyNet(nn.Module):
-    """A network of 200 weights whose children are called as ResNet's: (B, 3, H, W) -> (B, n_classes)."""
-
-    def __init__(self, n_classes=3):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 3, stride=4, bias=False)
-        self.bn1 = nn.BatchNorm2d(4)
-        self.layer1 = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
-        self.linear = nn.Linear(4, n_classes)
-
-    def forward(self, x):
-        return self.linear(self.layer1(self.bn1(self.conv1(x))).mean((2, 3)))
+    mean, std = tuple(pixels.mean((0, 2, 3))), tuple(pixels.std((0, 2, 3)))
+    return ImageSet("tiny", ("red", "green", "blue"), images, labels, 48, mean, std, source="made up")
 
 
 @pytest.fixture
@@ -77,13 +53,11 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def recipes(tmp_path_factory):
+def recipes(tiny_folder, tmp_path_factory):
     """Starts runs of the tiny recipe as processes: see tiny_runs.py."""
     from tiny_runs import Recipes
 
-    recipes = Recipes(tmp_path_factory.mktemp("recipes"))
-    yield recipes
-    recipes.close()
+    return Recipes(tiny_folder, tmp_path_factory.mktemp("recipes"))
 
 
 @pytest.fixture

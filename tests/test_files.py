@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,29 +25,23 @@ def test_the_file_is_there_when_the_block_has_ended(tmp_path):
     assert path.read_bytes() == b"\r\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError("no errno")])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_a_block_that_fails_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(type(error)), atomic_write(path) as file:
+    with pytest.raises(error), atomic_write(path) as file:
         file.write("new")
-        raise error
+        raise error("no")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
-def test_errors_of_the_disk_name_the_file_that_was_wanted(tmp_path, code):
-    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file"):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_errors_of_the_disk_name_the_file(tmp_path, code):
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "file"):
         raise OSError(code, os.strerror(code), "/some/temporary/name")
-    assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path / "file"))
-    assert isinstance(caught.value, PermissionError) == (code == errno.EACCES)
+    assert (error.value.errno, error.value.filename) == (code, str(tmp_path / "file"))
+    assert isinstance(error.value, PermissionError) == (code == errno.EACCES)
     assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "gone" / "file"):
-        pass
-    assert caught.value.filename == str(tmp_path / "gone" / "file")
 
 
 def test_others_may_read_it_as_the_umask_says(tmp_path):
@@ -59,23 +54,13 @@ def test_others_may_read_it_as_the_umask_says(tmp_path):
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
-    path, seen, stop = tmp_path / "file.json", [], threading.Event()
+    path = tmp_path / "file.json"
     write_json(path, [0] * 1000)
-
-    def read():
-        while not stop.is_set():
-            try:
-                seen.append(len(set(json.loads(path.read_text()))))
-            except (OSError, ValueError) as error:  # raised in a thread it would be lost
-                seen.append(error)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for k in range(50):
-        write_json(path, [k] * 1000)
-    stop.set()
-    reader.join()
-    assert set(seen) == {1}
+    writer = threading.Thread(target=lambda: [write_json(path, [k] * 1000) for k in range(50)])
+    writer.start()
+    while writer.is_alive():
+        assert len(set(json.loads(path.read_text()))) == 1
+    assert json.loads(path.read_text()) == [49] * 1000
 
 
 def test_json_without_nan(tmp_path):
@@ -112,10 +97,7 @@ def test_one_process_holds_a_folder_until_it_ends(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_folders_that_cannot_be_locked_count_as_free(tmp_path, monkeypatch, code):
-    def acquire(*args, **kwargs):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=OSError(code, os.strerror(code))))
     with lock_folder(tmp_path) as free:
         assert free
 

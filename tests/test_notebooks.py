@@ -11,7 +11,9 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-from cifar_fastai.recipe_pages import recipe_page
+from cifar_fastai.files import read_json
+from cifar_fastai.recipes import RECIPES
+from cifar_fastai.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -24,22 +26,13 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 # what a test makes small: each text must stand in the notebook's code, once
 DIGITS = {'DATA = "auto"': 'DATA = "digits"'}
+PART = DIGITS | {"SUBSET = None": "SUBSET = 80"}
 SMALL = {
-    "resnet18": DIGITS
-    | {
-        "SUBSET = None": "SUBSET = 80",
-        "BS = 256": "BS = 8",
-        "EPOCHS = 20": "EPOCHS = 1",
-        "valley, slide))": "valley, slide), num_it=40)",
-        "LR = 0.04": "LR = 0.02",
-    },
-    "custom_resnet": DIGITS
-    | {
-        "SUBSET = None": "SUBSET = 80",
-        "BS = 512": "BS = 8",
-        "EPOCHS = 24": "EPOCHS = 1",
-        "range_test(learn)": "range_test(learn, num_it=40)",
-    },
+    "resnet18": PART
+    | {"BS = 256": "BS = 8", "EPOCHS = 20": "EPOCHS = 1", "LR = 0.04": "LR = 0.02"}
+    | {"valley, slide))": "valley, slide), num_it=40)"},
+    "custom_resnet": PART
+    | {"BS = 512": "BS = 8", "EPOCHS = 24": "EPOCHS = 1", "range_test(learn)": "range_test(learn, num_it=40)"},
     "explain": DIGITS | {"EPOCHS = 3": "EPOCHS = 1"},
 }
 
@@ -75,8 +68,8 @@ def test_nothing_is_defined_and_one_cell_imports(path):
     importing = []
     for cell in cells:
         nodes = list(ast.walk(tree(cell)))
-        assert not [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
-        assert not [node for node in nodes if isinstance(node, ast.Lambda)]
+        definitions = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda
+        assert not [node for node in nodes if isinstance(node, definitions)]
         if any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes):
             importing.append(cell)
         else:
@@ -92,39 +85,31 @@ def test_the_repository_has_one_address(path):
     assert f"]({badge})" in notebook.cells[0].source
     assert f"%pip install -q git+{REPOSITORY}\n" in code(notebook)[0].source
     text = "\n".join(cell.source for cell in notebook.cells)
-    named = set(re.findall(r"github\.com/([\w.-]+/[\w.-]+)|/github/([\w.-]+/[\w.-]+)/blob", text))
-    assert {name for pair in named for name in pair if name} == {slug}
+    assert set(re.findall(r"github(?:\.com)?/([\w-][\w.-]*/[\w.-]+)", text)) == {slug}
 
 
 @every_notebook
 def test_committed_as_executed_on_cifar10(path):
-    cells = code(nbformat.read(path, as_version=4))
+    notebook = nbformat.read(path, as_version=4)
+    cells = code(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "from top to end, in one go"
-    assert pictures(cells) == PICTURES[path.stem]
-    assert re.search(r"on CIFAR-10( \(JPEG copy\))?: \d+ epochs? in", outputs(nbformat.read(path, as_version=4)))
+    assert re.search(r"on CIFAR-10( \(JPEG copy\))?: \d+ epochs? in", outputs(notebook))
+    assert_clean(notebook, path.stem)
 
 
-@every_notebook
-def test_outputs_are_clean(path):
-    assert_clean(nbformat.read(path, as_version=4))
-
-
-def assert_clean(notebook):
-    """No path of a machine, no warning, nothing on stderr."""
-    text = outputs(notebook)
+def assert_clean(notebook, name):
+    """No path of a machine, no warning, nothing on stderr; every picture once, and few in a cell."""
+    text, cells = outputs(notebook), code(notebook)
     assert not PATHS.search(text), PATHS.search(text)
     assert "Warning" not in text and "Traceback" not in text
-    assert not [output for cell in code(notebook) for output in cell.outputs if output.get("name") == "stderr"]
+    assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+    assert pictures(cells) == PICTURES[name] and max(pictures([cell]) for cell in cells) <= 3
 
 
-@pytest.mark.parametrize("text", ["at /data/c.tgz", "'/srv/x'", "/a/b", "file://x", "D:\\x", "(/data/www/x)"])
-def test_paths_are_seen(text):
-    assert PATHS.search(text)
-
-
-@pytest.mark.parametrize("text", ["1/3 and/or 2", "runs/a/report.html", "https://a.b/c/d", "<b>1</b></td>", "3 / 4"])
-def test_what_is_no_path(text):
-    assert not PATHS.search(text)
+def test_paths_are_seen_and_nothing_else():
+    assert all(map(PATHS.search, ["at /data/c.tgz", "'/srv/x'", "/a/b", "file://x", "D:\\x", "(/data/www/x)"]))
+    others = ["1/3 and/or 2", "runs/a/report.html", "https://a.b/c/d", "<b>1</b></td>", "3 / 4"]
+    assert not any(map(PATHS.search, others))
 
 
 def test_together_they_are_small():
@@ -138,7 +123,7 @@ def folder(tmp_path_factory):
 
 
 def run(name, folder):
-    """The notebook `name`, made small, as it is after a run from top to end in `folder`."""
+    """(the text, the code) of the notebook `name`, made small, after a clean run from top to end in `folder`."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     for old, new in SMALL[name].items():
         holders = [cell for cell in code(notebook) if old in cell.source]
@@ -149,74 +134,56 @@ def run(name, folder):
         patch.setenv("OMP_NUM_THREADS", "1")  # faster on a busy machine, little slower on an idle one
         patch.setenv("PYTHONPATH", str(ROOT), prepend=":")
         NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
-    return notebook
+    assert_clean(notebook, name)
+    return outputs(notebook), "\n".join(cell.source for cell in code(notebook))
 
 
-def check(notebook, folder, name):
-    """Clean outputs; each cell shows what it draws once."""
-    assert_clean(notebook)
-    assert pictures(code(notebook)) == PICTURES[name]
-    assert max(pictures([cell]) for cell in code(notebook)) <= 3
-
-
-def parameters(folder, name):
-    """(the parameters of the run that the notebook wrote, those that its recipe sets)."""
-    config = json.loads((folder / "runs" / name / "config.json").read_text())
-    return config["parameters"], recipe_page(name)["RECIPE"].defaults
+def assert_same_settings(folder, name, *small):
+    """The run that the notebook wrote has what its recipe sets, except for `small`; its learning rate."""
+    values = read_json(folder / "runs" / name / "config.json")["parameters"]
+    recipe, neutral = RECIPES[name].to_dict(), Settings().to_dict()
+    names = [k for k in recipe if recipe[k] not in (neutral[k], None) and k not in small]
+    assert {k: values[k] for k in names} == {k: recipe[k] for k in names}
+    return values["lr"]
 
 
 @pytest.fixture(scope="module")
 def resnet18(folder):
-    return run("resnet18", folder)
+    run("resnet18", folder)
 
 
 @pytest.mark.slow
 def test_resnet18(resnet18, folder):
-    check(resnet18, folder, "resnet18")
     assert (folder / "runs" / "resnet18" / "report.html").exists()
-    found, recipe = parameters(folder, "resnet18")
-    small = "epochs", "bs", "lr"
-    assert {name: found[name] for name in recipe if name not in small} == {
-        name: value for name, value in recipe.items() if name not in small
-    }
-    assert recipe["epochs"] == 20 and recipe["bs"] == 256 and recipe["lr"] == 0.04
+    assert_same_settings(folder, "resnet18", "epochs", "bs", "lr")
+    recipe = RECIPES["resnet18"]
+    assert (recipe.epochs, recipe.bs, recipe.lr) == (20, 256, 0.04), "as in the notebook's first cell"
 
 
 @pytest.mark.slow
 def test_custom_resnet(folder):
-    notebook = run("custom_resnet", folder)
-    check(notebook, folder, "custom_resnet")
-    found, recipe = parameters(folder, "custom_resnet")
-    small = "epochs", "bs", "lr", "lr_suggest"
-    assert {name: found[name] for name in recipe if name not in small} == {
-        name: value for name, value in recipe.items() if name not in small
-    }
-    assert recipe["epochs"] == 24 and recipe["bs"] == 512 and recipe["pct_start"] == 5 / 24
-    asked = f'suggestions["{recipe["lr_suggest"]}"]'
-    assert any(asked in cell.source for cell in code(notebook))
-    again = run("custom_resnet", folder)
-    check(again, folder, "custom_resnet")
-    assert "Loaded, not trained here: custom_resnet on digits: 1 epoch in" in outputs(again)
-    assert str(found["lr"])[:6] in outputs(again), "the loaded run's own range test"
+    _, source = run("custom_resnet", folder)
+    lr = assert_same_settings(folder, "custom_resnet", "epochs", "bs", "lr", "lr_suggest")
+    recipe = RECIPES["custom_resnet"]
+    assert (recipe.epochs, recipe.bs, recipe.pct_start) == (24, 512, 5 / 24)
+    assert f'suggestions["{recipe.lr_suggest}"]' in source
+    text, _ = run("custom_resnet", folder)
+    assert "Loaded, not trained here: custom_resnet on digits: 1 epoch in" in text
+    assert str(lr)[:6] in text, "the loaded run's own range test"
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_loaded(resnet18, folder):
-    notebook = run("resnet18", folder)
-    check(notebook, folder, "resnet18")
-    said = outputs(notebook)
-    assert "Loaded, not trained here: resnet18 on digits: 1 epoch in" in said and "holds this run" in said
+    text, _ = run("resnet18", folder)
+    assert "Loaded, not trained here: resnet18 on digits: 1 epoch in" in text and "holds this run" in text
 
 
 @pytest.mark.slow
 def test_explain_without_a_run_trains_one(tmp_path):
-    notebook = run("explain", tmp_path)
-    check(notebook, tmp_path, "explain")
+    run("explain", tmp_path)
     assert (tmp_path / "runs" / "short" / "report.html").exists() and not (tmp_path / "runs" / "resnet18").exists()
 
 
 @pytest.mark.slow
 def test_explain_goes_on_from_the_run(resnet18, folder):
-    notebook = run("explain", folder)
-    check(notebook, folder, "explain")
-    assert "resnet18 on digits: 1 epoch in" in outputs(notebook)
+    assert "resnet18 on digits: 1 epoch in" in run("explain", folder)[0]

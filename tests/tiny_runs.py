@@ -1,27 +1,35 @@
-"""Runs on the tiny network, in this process or as processes of their own; and what two runs have in common."""
+"""Runs on the tiny network, in this process or as processes of their own, and what two runs have in common."""
 
-import csv
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
+import pytest
+import tiny_recipe
 import torch
-from tiny_recipe import draw_nothing, strike, use_tiny_net
 
-from cifar_fastai.config import Recipe
-from cifar_fastai.runs import train as train_module
-from cifar_fastai.runs.results import write_results
+from cifar_fastai.recipes import RECIPES
+from cifar_fastai.runs import results
 from cifar_fastai.runs.train import train
+from cifar_fastai.settings import Settings
 from cifar_fastai.training.checkpoint import load_checkpoint
 from cifar_fastai.training.signals import Stopped
 
-RECIPE = Recipe("resnet18", dict(epochs=3, bs=8, lr=0.15, cutout=8, device="cpu", compile="no"))
-SCRIPT = Path(__file__).parent / "tiny_recipe.py"
-CLOCK = ("images_per_second", "seconds")
+TINY = Settings(
+    epochs=3, bs=8, lr=0.15, nesterov="yes", wd=5e-4, wd_bn_bias="no", sched="one-cycle", pct_start=0.25, div_final=1e5,
+    padding=4, cutout=8, flip=None, device="cpu", compile="no",
+)  # fmt: skip
+PICTURES = "curves schedule augmentations class_accuracy confusion_matrix top_losses misclassified gradcam".split()
+TEXTS = "config.json history.csv metrics.json predictions.csv model.pth learner.pkl summary.txt report.html".split()
+FILES = {*TEXTS, *(f"{name}.png" for name in PICTURES)}  # of a finished run
+CLOCK = ["images_per_second", "seconds"]
 
 
 class Tiny:
@@ -29,125 +37,123 @@ class Tiny:
 
     def __init__(self, data, monkeypatch):
         self.data, self.patch = data, monkeypatch
-        use_tiny_net(monkeypatch.setattr)
-        draw_nothing(monkeypatch.setattr)
+        tiny_recipe.use_tiny_net(monkeypatch.setattr)
+        tiny_recipe.draw_nothing(monkeypatch.setattr)
+        monkeypatch.setitem(RECIPES, "resnet18", TINY)
 
-    def train(self, folder, stop=None, **given):
+    def train(self, folder, stop=None, **overrides):
         """Train into `folder`; `stop` = (point, n) sends a SIGTERM there. The run, or None after the signal."""
-        return self._run(dict(data=str(self.data), out=str(folder), bs=8) | given, stop)
+        return self._run(dict(data=str(self.data), out=str(folder), bs=8) | overrides, stop)
 
-    def resume(self, folder, stop=None, **given):
-        return self._run(dict(resume=str(folder)) | given, stop)
+    def resume(self, folder, stop=None, **overrides):
+        return self._run(dict(resume=str(folder)) | overrides, stop)
 
-    def _run(self, given, stop):
-        done = []
+    def _run(self, overrides, stop):
+        runs = []
 
-        def write_results_too(run):
+        def finish(run):
             run.last = load_checkpoint(run.folder / "checkpoint.pth")
-            write_results(run)
-            done.append(run)
+            results.write_results(run)
+            runs.append(run)
 
         with self.patch.context() as patch:
-            patch.setattr(train_module, "write_results", write_results_too)
             if stop:
-                strike(*stop, lambda: os.kill(os.getpid(), signal.SIGTERM), patch.setattr)
+                tiny_recipe.strike(*stop, lambda: os.kill(os.getpid(), signal.SIGTERM), patch.setattr)
             try:
-                train(RECIPE, given)
+                train("resnet18", finish=finish, **overrides)
             except Stopped as stopped:
                 assert stop and stopped.signum == signal.SIGTERM
                 return None
-        return done[0]
+        return runs[0]
 
 
 class Recipes:
-    """`tiny_recipe.py --serve`: starts runs in a moment, as processes of their own."""
+    """Runs as processes of their own, forked from a server that has imported torch."""
 
-    def __init__(self, folder):
-        self.folder, self.n = folder, 0
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CIFAR_FASTAI_CACHE": str(folder / "cache"), "MPLBACKEND": "agg"}
-        self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(SCRIPT), "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            text=True,
-            cwd=SCRIPT.parent.parent,
-        )
-        assert self.server.stdout.readline() == "ready\n"
+    def __init__(self, data, folder):
+        self.data, self.folder, self.n, self.finished = data, folder, 0, {}
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tiny_recipe", "sklearn.model_selection", "torch.utils.tensorboard"])
+        with pytest.MonkeyPatch.context() as patch:  # the server has this environment
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            multiprocessing.forkserver.ensure_running()
 
-    def ask(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+    def arguments(self, *more):
+        return ["--data", self.data, "--epochs", 3, "--bs", 8, "--lr", 0.15, "--cutout", 8, *more]
 
-    def start(self, args, cwd, stdout=None, **env):
-        """Start a run in the folder `cwd`; `env` are variables such as TINY_AT."""
+    def start(self, args, cwd, stdout=None, **options):
+        """Start a run in the folder `cwd`; `options` are those of tiny_recipe.main."""
         self.n += 1
-        files = {name: str(self.folder / f"{self.n}.{name}") for name in ("stdout", "stderr")}
-        files["stdout"] = stdout or files["stdout"]
-        for file in files.values():
-            open(file, "a").close()
-        args, env = [str(arg) for arg in args], {name: str(value) for name, value in env.items()}
-        return Process(self, self.ask(args=args, cwd=str(cwd), env=env, **files), files)
+        outputs = [stdout or self.folder / f"{self.n}.out", self.folder / f"{self.n}.err"]
+        for path in outputs:
+            open(path, "a").close()
+        options = dict(cache=self.folder / "cache") | options
+        process = self.context.Process(
+            target=tiny_recipe.main, args=([*map(str, args)], cwd, outputs), kwargs=options, daemon=True
+        )
+        process.start()
+        return Process(process, outputs)
 
-    def run(self, args, cwd, **env):
-        """Start a run and wait for its end; its Process."""
-        process = self.start(args, cwd, **env)
-        process.wait()
-        return process
+    def train(self, out, *more, **options):
+        """A run into the folder `out`, when it has ended."""
+        return self.start(self.arguments("--out", out, *more), out.parent, **options).wait()
 
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(10)
-        self.server.stdout.close()
+    def resume(self, out, *more, **options):
+        return self.start(["--resume", out, *more], out.parent, **options).wait()
+
+    def whole(self, *more, **options):
+        """The folder of a run with these flags that nothing happened to."""
+        key = (*more, *options)
+        if key not in self.finished:
+            self.finished[key] = self.folder / f"whole{len(self.finished)}" / "run"
+            self.finished[key].parent.mkdir()
+            process = self.train(self.finished[key], *more, **options)
+            assert process.code == 0, process.err
+        return self.finished[key]
 
 
 class Process:
-    """A run: `code` is its exit status once it has been waited for, -9 after a SIGKILL."""
+    """A run; `code` is its exit status once it has ended, -9 after a SIGKILL."""
 
-    def __init__(self, recipes, pid, files):
-        self.recipes, self.pid, self.files, self.code = recipes, pid, files, None
+    def __init__(self, process, outputs):
+        self.process, self.outputs = process, outputs
+
+    out = property(lambda self: Path(self.outputs[0]).read_text())
+    err = property(lambda self: Path(self.outputs[1]).read_text())
+    code = property(lambda self: self.process.exitcode)
 
     def wait(self, seconds=120):
-        if self.code is not None:
-            return self.code
-        self.code = self.recipes.ask(wait=self.pid, seconds=seconds)
+        self.process.join(seconds)
         if self.code is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.recipes.ask(wait=self.pid, seconds=10)
-            raise AssertionError(f"still running after {seconds} s\n{self.out}{self.err}")
-        return self.code
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s\n{self.err}")
+        return self
 
-    def kill(self, name="KILL"):
-        os.kill(self.pid, getattr(signal, f"SIG{name}"))
-
-    @property
-    def out(self):
-        return Path(self.files["stdout"]).read_text()
-
-    @property
-    def err(self):
-        return Path(self.files["stderr"]).read_text()
+    def send(self, name):
+        with suppress(ProcessLookupError):  # it may have ended
+            os.kill(self.process.pid, getattr(signal, f"SIG{name}"))
 
 
-def wait_for(happened, seconds=60):
-    """Wait until `happened()`; AssertionError after `seconds`."""
+def wait_for(condition, seconds=60):
     until = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert time.monotonic() < until, "it never came"
         time.sleep(0.005)
 
 
 def history(folder):
     """The rows of history.csv as text, without the clock's columns."""
-    with open(Path(folder) / "history.csv", newline="") as file:
-        return [{name: text for name, text in row.items() if name not in CLOCK} for row in csv.DictReader(file)]
+    return (
+        pd.read_csv(Path(folder) / "history.csv", dtype=str, keep_default_na=False)
+        .drop(columns=CLOCK)
+        .to_dict("records")
+    )
 
 
 def metrics(folder):
     """metrics.json without the clock's numbers."""
-    found = json.loads((Path(folder) / "metrics.json").read_text())
-    return {name: value for name, value in found.items() if name not in CLOCK}
+    values = json.loads((Path(folder) / "metrics.json").read_text())
+    return {name: value for name, value in values.items() if name not in CLOCK}
 
 
 def same(one, other):
@@ -167,11 +173,11 @@ def assert_same_state(one, other):
         assert same(one[key], other[key]), key
 
 
-class Planted:
-    """Unpickled, it calls `function` with `args`."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
+def assert_same_folders(one, other):
+    """Two finished runs of processes: every file of theirs, and their last checkpoints."""
+    assert history(one) == history(other) and metrics(one) == metrics(other)
+    assert_same_state(*(load_checkpoint(folder.parent / "last.pth") for folder in (one, other)))
+    names = [{path.name for path in folder.rglob("*") if "tfevents" not in path.name} for folder in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0] - {"config.json", "history.csv", "metrics.json", "learner.pkl", "report.html", "tensorboard"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -1,5 +1,6 @@
 """The fast path gives what the usual path gives, and all that fastai does with a DataBlock goes on working."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 from PIL import Image
 
-from cifar_fastai.data.loaders import cifar_dls, default_bs, split_rows, test_dl
+from cifar_fastai.data.loaders import augmentation_columns, cifar_dls, default_bs, split_rows, test_dl
 from cifar_fastai.errors import InputError
 from cifar_fastai.training.learner import cifar_learner
 
@@ -19,104 +20,69 @@ def dls(tiny_images):
     return cifar_dls(tiny_images, bs=8, val_bs=5, device="cpu")
 
 
-def item_by_item(dl):
-    dl.whole_batches = False
-    try:
-        return list(dl)
-    finally:
-        dl.whole_batches = True
+def batches(dl, whole, seed=3):
+    dl.whole_batches = whole
+    dl.rng.seed(seed)
+    torch.manual_seed(seed)
+    return list(dl)
 
 
-def test_both_paths_give_the_same_batches(dls):
-    fast, slow = list(dls.valid), item_by_item(dls.valid)
-    assert dls.valid._rows().tolist() == list(dls.valid.dataset.items)  # or the fast path was not taken
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_both_paths_give_the_same_batches(dls, split):
+    dl = getattr(dls, split)
+    assert dl._rows().tolist() == list(dl.dataset.items)  # or the fast path was not taken
+    fast, slow = batches(dl, True), batches(dl, False)
     assert len(fast) == len(slow) > 1
-    for (x1, y1), (x2, y2) in zip(fast, slow, strict=True):
-        assert type(x1) is type(x2) and type(y1) is type(y2)
-        assert x1.dtype == x2.dtype and y1.dtype == y2.dtype
-        assert torch.equal(x1, x2) and torch.equal(y1, y2)
-
-
-def test_both_paths_draw_the_same_in_training(dls):
-    state = dls.train.rng.getstate()
-    batches = []
-    for run in (list, item_by_item):
-        dls.train.rng.setstate(state)
-        torch.manual_seed(3)
-        batches.append(run(dls.train))
-    for (x1, y1), (x2, y2) in zip(*batches, strict=True):
-        assert torch.equal(x1, x2) and torch.equal(y1, y2)
-
-
-def test_values_are_the_pixels_normalised(dls, tiny_images):
-    x, y = next(iter(dls.valid))
-    mean, std = (np.array(v)[:, None, None] for v in (tiny_images.mean, tiny_images.std))
-    expected = (tiny_images.test_images[0] / 255 - mean) / std
-    np.testing.assert_allclose(x[0].numpy(), expected, atol=1e-5)
-    assert y.tolist() == tiny_images.test_labels[:5].tolist()
+    for a, b in zip(sum(fast, ()), sum(slow, ()), strict=True):
+        assert type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_training_is_shuffled_complete_and_afresh_each_epoch(tiny_images):
     dls = cifar_dls(tiny_images, bs=6, device="cpu", padding=0, cutout=0, flip=0.0)
-
-    def epoch():
-        return torch.cat([x for x, _ in dls.train]).flatten(1).sum(1)
-
-    one, two = epoch(), epoch()
-    assert not torch.equal(one, two)
-    every = torch.from_numpy(tiny_images.train_images).float()
-    mean, std = (torch.tensor(v)[:, None, None] for v in (tiny_images.mean, tiny_images.std))
-    sums = ((every / 255 - mean) / std).flatten(1).sum(1)
-    for seen in one, two:  # 8 batches of 6: each of the 48 images once
-        torch.testing.assert_close(seen.as_subclass(torch.Tensor).sort()[0], sums.float().sort()[0], atol=1e-2, rtol=0)
+    one, two = (torch.cat([x for x, _ in dls.train]).flatten(1).sum(1).numpy() for _ in range(2))
+    assert len(one) == 48 and not np.array_equal(one, two)
+    mean, std = (np.array(value)[:, None, None] for value in (tiny_images.mean, tiny_images.std))
+    sums = ((tiny_images.train_images / 255 - mean) / std).sum((1, 2, 3))
+    for epoch in one, two:  # each of the 48 images once
+        np.testing.assert_allclose(np.sort(epoch), np.sort(sums), atol=1e-2)
 
 
-def test_new_files_pil_images_and_rows_all_predict_alike(dls, tiny_images, tmp_path):
-    torch.manual_seed(0)
-    learn = cifar_learner(dls, _net(len(tiny_images.classes)))
-    image = Image.fromarray(tiny_images.test_images[0].transpose(1, 2, 0))
+@pytest.fixture
+def learn(dls, tiny_model, tmp_path):
+    with cifar_learner(dls, tiny_model, path=tmp_path).no_bar() as learn:
+        yield learn
+
+
+def test_files_pil_images_and_rows_predict_alike_also_exported_without_pixels(learn, tiny_images, tmp_path):
+    pixels = tiny_images.test_images[0]
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
     image.save(tmp_path / "one.png")
-    with learn.no_bar():
-        rows = learn.get_preds(dl=test_dl(dls))[0][0]
-        files = learn.get_preds(dl=dls.test_dl([tmp_path / "one.png"]))[0][0]
-        name, index, probs = learn.predict(image)
-    torch.testing.assert_close(rows, files)
-    torch.testing.assert_close(rows, torch.as_tensor(probs))
+    rows = learn.get_preds(dl=test_dl(learn.dls))[0][0]
+    name, index, probs = learn.predict(image)
+    torch.testing.assert_close(learn.get_preds(dl=learn.dls.test_dl([tmp_path / "one.png"]))[0][0], rows)
+    torch.testing.assert_close(torch.as_tensor(probs), rows)
     assert name == tiny_images.classes[int(index)]
+    learn.export("learner.pkl")
+    content = (tmp_path / "learner.pkl").read_bytes()
+    assert pixels.tobytes() not in content and len(content) < 100_000
+    with load_learner(tmp_path / "learner.pkl").no_bar() as loaded:
+        torch.testing.assert_close(torch.as_tensor(loaded.predict(image)[2]), rows)
 
 
-def test_get_preds_keeps_the_order_of_the_split(dls, tiny_images):
-    learn = cifar_learner(dls, _net(len(tiny_images.classes)))
-    with learn.no_bar():
-        _, targets = learn.get_preds(dl=dls.valid.new(shuffle=True))
+def test_get_preds_keeps_the_order_of_the_split(learn, tiny_images):
+    _, targets = learn.get_preds(dl=learn.dls.valid.new(shuffle=True))
     assert targets.tolist() == tiny_images.test_labels.tolist()
 
 
-def test_fastai_on_top(dls, tiny_images):
-    learn = cifar_learner(dls, _net(len(tiny_images.classes)))
-    with learn.no_bar():
-        learn.fit_one_cycle(1, 0.1)
-        learn.show_results()
-        interp = ClassificationInterpretation.from_learner(learn)
-        assert interp.confusion_matrix().sum() == tiny_images.n_test
-        interp.plot_top_losses(4)
-        dls.show_batch()
-        assert "Total params" in str(learn.summary())
-        assert dls.train.new(bs=3).one_batch()[0].shape == (3, 3, 32, 32)
-
-
-def test_an_exported_learner_carries_no_pixels_and_predicts(dls, tiny_images, tmp_path):
-    learn = cifar_learner(dls, _net(len(tiny_images.classes)), path=tmp_path)
-    image = tiny_images.test_images[0].transpose(1, 2, 0)
-    with learn.no_bar():
-        before = learn.predict(Image.fromarray(image))[2]
-        learn.export("learner.pkl")
-    data = (tmp_path / "learner.pkl").read_bytes()
-    assert tiny_images.test_images[0].tobytes() not in data
-    assert len(data) < 100_000
-    loaded = load_learner(tmp_path / "learner.pkl")
-    with loaded.no_bar():
-        torch.testing.assert_close(loaded.predict(Image.fromarray(image))[2], before)
+def test_fastai_on_top(learn, tiny_images):
+    learn.fit_one_cycle(1, 0.1)
+    learn.show_results()
+    interp = ClassificationInterpretation.from_learner(learn)
+    assert interp.confusion_matrix().sum() == tiny_images.n_test
+    interp.plot_top_losses(4)
+    learn.dls.show_batch()
+    assert "Total params" in str(learn.summary())
+    assert learn.dls.train.new(bs=3).one_batch()[0].shape == (3, 3, 32, 32)
 
 
 def test_a_split_for_choosing_is_stratified_repeatable_and_apart_from_train(tiny_images):
@@ -129,22 +95,28 @@ def test_a_split_for_choosing_is_stratified_repeatable_and_apart_from_train(tiny
     assert counts.max() - counts.min() <= 1
 
 
+REFUSAL = "images to train on, and cutting them into {} would lose one of 3 classes"
+
+
 @pytest.mark.parametrize(
-    "n, given, says",
+    "n, options, parts",
     [
-        (1, dict(valid_pct=0.3), "class blue has 1 of the images"),
-        (1, dict(subset=20), "class blue has 1 of the images"),
-        (2, dict(valid_pct=0.1), "leaves no image of class blue"),
-        (2, dict(valid_pct=0.5, subset=8), "--subset 8: class blue has 1 of"),
+        (1, dict(valid_pct=0.3), "34 and 14"),
+        (1, dict(subset=20), "20 and 28"),
+        (2, dict(valid_pct=0.1), "43 and 5"),
+        (2, dict(valid_pct=0.5, subset=8), "8 and 16"),
+        (16, dict(subset=1000), "1000 and -952"),
+        (16, dict(subset=1), "1 and 47"),
+        (16, dict(valid_pct=0.001), "48 and 0"),
     ],
 )
-def test_a_class_that_is_too_rare_to_be_cut(tiny_images, n, given, says):
-    """`n` blue images beside 32 others."""
+def test_cuts_that_would_lose_a_class(tiny_images, n, options, parts):
+    """`n` blue images beside the others of 48."""
     labels = tiny_images.labels.copy()
     labels[:48] = np.arange(48) % 2
     labels[:n] = 2
-    with pytest.raises(InputError, match=says):
-        split_rows(replace(tiny_images, labels=labels), **given)
+    with pytest.raises(InputError, match=REFUSAL.format(parts)):
+        split_rows(replace(tiny_images, labels=labels), **options)
     assert len(split_rows(replace(tiny_images, labels=labels))[0]) == 48
 
 
@@ -155,30 +127,48 @@ def test_subset_comes_out_of_what_the_split_left(tiny_images):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    "options, message",
     [
-        (dict(subset=1000), "--subset 1000: there are"),
-        (dict(subset=1), "at least one image for each"),
-        (dict(valid_pct=0.001), "too few"),
-        (dict(bs=1000), "--bs 1000: there are"),
+        (dict(valid_pct=2), "valid_pct=2: must be above 0 and below 1"),
+        (dict(bs=0), "bs=0: must be at least 1"),
+        (dict(cutout=64), "cutout=64: must be at least 0 and at most 32"),
+        (dict(flip_by="turns"), "flip_by='turns': no such name"),
+        (dict(split_seed=-1), "split_seed=-1"),
+        (dict(subset=2.5), "subset=2.5: must be a whole number"),
     ],
 )
-def test_settings_that_do_not_fit_the_data(tiny_images, kwargs, message):
+def test_values_out_of_range_are_refused_before_images_are_loaded(options, message):
     with pytest.raises(InputError, match=message):
-        cifar_dls(tiny_images, device="cpu", **{"bs": 4, **kwargs})
+        cifar_dls("no such folder", **options)
+
+
+def test_other_wrong_arguments(tiny_images):
+    with pytest.raises(TypeError, match="cutot"):
+        cifar_dls(tiny_images, cutot=3)
+    with pytest.raises(InputError, match="bs=1000: there are 48 images to train on"):
+        cifar_dls(tiny_images, bs=1000)
+
+
+def test_unique_batches_show_one_image_augmented(dls, tiny_images):
+    """fastai asks for an endless row of the same index."""
+    dls.train.show_batch(unique=True)
+    shown = next(dls.train.create_batches(itertools.repeat(5)))
+    assert shown[1].tolist() == [tiny_images.labels[dls.train.dataset.items[5]]] * 8
+
+
+def test_augmentation_columns(tiny_images):
+    dls = cifar_dls(tiny_images, bs=8, device="cpu", padding=4, flip=1.0, vflip=1.0, cutout=8)
+    columns = augmentation_columns(dls, n=4)
+    assert list(columns) == ["original", "RandomCrop", "RandomFlip", "RandomVerticalFlip", "CutOut", "all"]
+    original = tiny_images.train_images[::12].transpose(0, 2, 3, 1)
+    assert all(images.shape == (4, 32, 32, 3) and images.dtype == np.uint8 for images in columns.values())
+    assert np.array_equal(columns["original"], original)
+    assert np.abs(columns["RandomFlip"].astype(int) - original[:, :, ::-1]).max() <= 1
+    assert np.abs(columns["RandomVerticalFlip"].astype(int) - original[:, ::-1]).max() <= 1
+    changed = (np.abs(columns["CutOut"].astype(int) - original) > 1).any(3).sum((1, 2))
+    assert (changed > 10).all() and (changed <= 64).all()  # one hole, filled with the mean
 
 
 def test_batches_shrink_for_a_small_set():
     assert default_bs(128, 50_000) == 128
     assert default_bs(128, 1437) == 71 and 1437 // 71 >= 20
-
-
-def _net(n_classes):
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, 4),
-        torch.nn.BatchNorm2d(4),
-        torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(4, n_classes),
-    )

@@ -8,11 +8,7 @@ from torch import nn
 from cifar_fastai.errors import InputError
 from cifar_fastai.models import create_model, custom_resnet, resnet18, resnet34
 
-torch.set_num_threads(1)
 SIZES = [(resnet18, 11_173_962), (resnet34, 21_282_122), (custom_resnet, 6_573_130)]
-BN = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
-BLOCK = ["conv1.weight", *(f"bn1.{name}" for name in BN), "conv2.weight", *(f"bn2.{name}" for name in BN)]
-SHORTCUT = ["shortcut.0.weight", *(f"shortcut.1.{name}" for name in BN)]
 
 
 def on_paper(factory, *args):
@@ -21,27 +17,9 @@ def on_paper(factory, *args):
         return factory(*args)
 
 
-def output_shapes(model, x):
-    """{child: shape of its output} in forward order."""
-    shapes = {}
-    hooks = [
-        child.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)}))
-        for name, child in model.named_children()
-    ]
-    shapes["logits"] = tuple(model(x).shape)
-    for hook in hooks:
-        hook.remove()
-    return shapes
-
-
 @pytest.mark.parametrize("factory, n_parameters", SIZES)
-def test_number_of_parameters(factory, n_parameters):
-    assert sum(p.numel() for p in on_paper(factory).parameters()) == n_parameters
-
-
-@pytest.mark.parametrize("factory, n_parameters", SIZES)
-@pytest.mark.parametrize("n_classes", [2, 100])
-def test_any_number_of_classes(factory, n_parameters, n_classes):
+@pytest.mark.parametrize("n_classes", [2, 10, 100])
+def test_number_of_parameters_and_outputs(factory, n_parameters, n_classes):
     model = on_paper(factory, n_classes)
     width = model.linear.in_features + 1
     assert sum(p.numel() for p in model.parameters()) == n_parameters + (n_classes - 10) * width
@@ -49,60 +27,47 @@ def test_any_number_of_classes(factory, n_parameters, n_classes):
 
 
 def test_names_of_resnet18_are_those_of_pytorch_cifar():
-    expected = ["conv1.weight", *(f"bn1.{name}" for name in BN)]
+    def conv_bn(conv, bn):
+        bn_names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+        return [f"{conv}.weight", *(f"{bn}.{name}" for name in bn_names)]
+
+    block, expected = conv_bn("conv1", "bn1") + conv_bn("conv2", "bn2"), conv_bn("conv1", "bn1")
     for stage in (1, 2, 3, 4):
-        first = BLOCK + (SHORTCUT if stage > 1 else [])
-        expected += [f"layer{stage}.0.{name}" for name in first] + [f"layer{stage}.1.{name}" for name in BLOCK]
-    expected += ["linear.weight", "linear.bias"]
-    assert list(on_paper(resnet18).state_dict()) == expected
+        first = block + (conv_bn("shortcut.0", "shortcut.1") if stage > 1 else [])
+        expected += [f"layer{stage}.0.{name}" for name in first] + [f"layer{stage}.1.{name}" for name in block]
+    assert list(on_paper(resnet18).state_dict()) == [*expected, "linear.weight", "linear.bias"]
 
 
 def test_stages_of_resnet34():
     assert [len(stage) for name, stage in on_paper(resnet34).named_children() if name[:5] == "layer"] == [3, 4, 6, 3]
 
 
-@pytest.mark.parametrize("factory", [resnet18, resnet34])
-def test_shapes_of_resnet(factory):
-    shapes = output_shapes(on_paper(factory), torch.empty(2, 3, 32, 32, device="meta"))
-    assert shapes == dict(
-        conv1=(2, 64, 32, 32),
-        bn1=(2, 64, 32, 32),
-        layer1=(2, 64, 32, 32),
-        layer2=(2, 128, 16, 16),
-        layer3=(2, 256, 8, 8),
-        layer4=(2, 512, 4, 4),
-        linear=(2, 10),
-        logits=(2, 10),
-    )
+STAGES = dict(layer1=(64, 32), layer2=(128, 16), layer3=(256, 8), layer4=(512, 4))
+CUSTOM_STAGES = dict(prep=(64, 32), layer1=(128, 16), layer2=(256, 8), layer3=(512, 4), pool=(512, 1))
 
 
-def test_shapes_of_custom_resnet():
-    shapes = output_shapes(on_paper(custom_resnet), torch.empty(2, 3, 32, 32, device="meta"))
-    assert shapes == dict(
-        prep=(2, 64, 32, 32),
-        layer1=(2, 128, 16, 16),
-        layer2=(2, 256, 8, 8),
-        layer3=(2, 512, 4, 4),
-        pool=(2, 512, 1, 1),
-        linear=(2, 10),
-        logits=(2, 10),
-    )
+@pytest.mark.parametrize("factory, stages", [(resnet18, STAGES), (resnet34, STAGES), (custom_resnet, CUSTOM_STAGES)])
+def test_shapes_of_the_stages(factory, stages):
+    model, shapes = on_paper(factory), {}
+    for name, child in model.named_children():
+        child.register_forward_hook(lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)}))
+    model(torch.empty(2, 3, 32, 32, device="meta"))
+    assert {name: shapes[name] for name in stages} == {name: (2, n, side, side) for name, (n, side) in stages.items()}
 
 
 def test_names_find_their_network():
     assert sum(p.numel() for p in on_paper(create_model, "custom_resnet", 10).parameters()) == 6_573_130
-    with pytest.raises(InputError, match="--model resnet81: no such name; did you mean resnet18"):
+    with pytest.raises(InputError, match="model='resnet81': no such name; did you mean resnet18"):
         create_model("resnet81")
 
 
-# --------------------------------------------------------------- the same sums, written out
+# The same sums, written out -------------------------------------------------------------------------------------------
 
 
 def conv(x, weight, stride=1):
     """Convolution with half-size zero padding: the sum over taps of shifted images times weights."""
     size, (height, width) = weight.shape[-1], x.shape[-2:]
-    padded = F.pad(x, (size // 2,) * 4)
-    taps = [(i, j) for i in range(size) for j in range(size)]
+    padded, taps = F.pad(x, (size // 2,) * 4), [(i, j) for i in range(size) for j in range(size)]
     shifted = [padded[:, :, i : i + height : stride, j : j + width : stride] for i, j in taps]  # each (B, C, h, w)
     weights = [weight[:, :, i, j] for i, j in taps]  # each (O, C)
     return sum(torch.einsum("bchw,oc->bohw", *pair) for pair in zip(shifted, weights, strict=True))
@@ -144,10 +109,8 @@ def custom_by_hand(net, x):
         return x + relu(bn(conv(out, block[3].weight), block[4]))
 
     x = relu(bn(conv(x, net.prep[0].weight), net.prep[1]))
-    x = pooled(net.layer1, x)
-    x = residual(net.layer1[4].block, x)
-    x = pooled(net.layer2, x)
-    x = pooled(net.layer3, x)
+    x = residual(net.layer1[4].block, pooled(net.layer1, x))
+    x = pooled(net.layer3, pooled(net.layer2, x))
     x = residual(net.layer3[4].block, x)
     return max_pool(x, 4)[:, :, 0, 0] @ net.linear.weight.T + net.linear.bias
 
@@ -155,11 +118,10 @@ def custom_by_hand(net, x):
 @pytest.mark.parametrize("factory, by_hand, size", [(resnet18, resnet_by_hand, 8), (custom_resnet, custom_by_hand, 32)])
 def test_forward_is_the_sum_it_should_be(factory, by_hand, size):
     torch.manual_seed(0)
-    net = factory(3).eval()
+    net, x = factory(3).eval(), torch.randn(1, 3, size, size)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):  # fresh ones do nothing
             for value in (module.weight, module.bias, module.running_mean, module.running_var):
                 value.data.uniform_(0.5, 1.5)
-    x = torch.randn(1, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(net(x), by_hand(net, x), rtol=1e-4, atol=1e-4)

@@ -1,18 +1,20 @@
 """Trials are chosen on a split of train, written as they end, and not run twice."""
 
-import csv
 import os
 import signal
+import threading
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tiny_recipe import strike
 from tiny_runs import history
 
+from cifar_fastai.cli import read_settings
 from cifar_fastai.errors import InputError
 from cifar_fastai.runs import sweep as module
-from cifar_fastai.runs.sweep import COLUMNS, read_settings, sweep
-from cifar_fastai.training.history import HISTORY_COLUMNS, write_history
+from cifar_fastai.runs.sweep import COLUMNS, sweep
+from cifar_fastai.training.recorder import HISTORY_COLUMNS, write_history
 from cifar_fastai.training.signals import Stopped
 
 EPOCH = dict.fromkeys(HISTORY_COLUMNS, 1)
@@ -20,42 +22,52 @@ EPOCH = dict.fromkeys(HISTORY_COLUMNS, 1)
 
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
-    """What `train` is asked for; it leaves the history of a run of nothing."""
-    asked = []
+    """What `train` is called with; it leaves the history of a run of nothing."""
+    calls = []
 
-    def train(recipe, given, finish):
-        asked.append(given)
-        folder = tmp_path / given["out"]
+    def train(recipe, finish, out, **overrides):
+        calls.append(overrides)
+        folder = tmp_path / out
         folder.mkdir(parents=True)
         write_history(folder / "history.csv", [EPOCH | {"valid_accuracy": 0.25}, EPOCH | {"valid_accuracy": 0.5}])
         return folder
 
     monkeypatch.setattr(module, "train", train)
     monkeypatch.chdir(tmp_path)
-    return asked
+    return calls
 
 
 def test_settings_times_seeds_on_a_split_of_train(trials, tmp_path):
     (tmp_path / "list.txt").write_text("# what we try\n--lr 0.2 --cutout 12\n\n")
-    rows = sweep("list.txt", "1,2", out="out.csv")
+    rows = sweep(read_settings("list.txt"), "1,2", out="out.csv")
     assert [(trial["lr"], trial["seed"]) for trial in trials] == [("0.2", 1), ("0.2", 2)]
     assert all(trial["no_test"] and trial["valid_pct"] == 0.1 for trial in trials)
-    with open("out.csv") as file:
-        written = list(csv.DictReader(file))
-    assert tuple(written[0]) == COLUMNS and len(written) == len(rows) == 2
-    assert [(row["valid_accuracy"], row["seconds"]) for row in written] == [("0.5", "2.0")] * 2, "the last epoch's"
-    sweep("list.txt", "1,2,3", out="out.csv")
+    written = pd.read_csv("out.csv")
+    assert list(written) == COLUMNS and written.to_dict("records") == rows
+    assert [(row["valid_accuracy"], row["seconds"]) for row in rows] == [(0.5, 2.0)] * 2, "the last epoch's"
+    sweep(read_settings("list.txt"), "1,2,3", out="out.csv")
     assert len(trials) == 3, "those that were written are not run again"
+
+
+def test_two_sweeps_write_to_one_file(trials):
+    labels = [f"trial {n}" for n in range(3)]
+    trial = [[(label, dict(cutout=n))] for n, label in enumerate(labels)]
+    sweeps = [threading.Thread(target=sweep, args=(one, "1,2,3"), kwargs=dict(out="out.csv")) for one in trial]
+    for thread in sweeps:
+        thread.start()
+    for thread in sweeps:
+        thread.join()
+    rows = pd.read_csv("out.csv")
+    assert sorted(zip(rows["settings"], rows["seed"], strict=True)) == [(k, seed) for k in labels for seed in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "no settings"),
-        ("--lrr 1", "--lrr is not for"),
-        ("--epochs x", "not flags of resnet18.py"),
-        ("--seed 1", "--seed is not for"),
-        ("--no-test", "--no-test is not for"),
+        ("", "no settings in it"),
+        ("--lrr 1", "list.txt: --lrr 1: --lrr is not a flag of a recipe"),
+        ("--epochs x", "not flags of a recipe"),
+        ('--data "x', "No closing quotation"),
     ],
 )
 def test_lines_that_are_no_settings(tmp_path, text, message):
@@ -64,28 +76,37 @@ def test_lines_that_are_no_settings(tmp_path, text, message):
         read_settings(tmp_path / "list.txt")
 
 
-def test_nothing_runs_where_one_setting_is_wrong(trials, tmp_path):
-    (tmp_path / "list.txt").write_text("--lr 0.2\n--lr -1\n")
-    with pytest.raises(InputError, match="--lr"):
-        sweep("list.txt")
-    with pytest.raises(InputError, match="--seeds a"):
-        sweep("list.txt", "a")
+@pytest.mark.parametrize(
+    "trial, arguments, message",
+    [
+        (dict(lr=-1.0), {}, "lr=-1.0"),
+        (dict(seed=1), {}, "`seed` is set by the sweep"),
+        (dict(no_test=True), {}, "`no_test` is set by the sweep"),
+        ({}, dict(seeds="a"), "seeds='a': must be whole numbers"),
+        ({}, dict(out="nowhere/out.csv"), "out='nowhere/out.csv': must be a csv file in a folder that exists"),
+        ({}, dict(out="."), "must be a csv file"),
+        ({}, dict(out="strange.csv"), "not the csv file of a sweep; its columns are a, b"),
+    ],
+)
+def test_nothing_runs_where_anything_is_wrong(trials, tmp_path, trial, arguments, message):
+    Path("strange.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=message):
+        sweep([("good", dict(lr=0.2)), ("bad", trial)], **arguments)
     assert not trials
 
 
-def test_broken_off_and_gone_on_with(tiny, tiny_folder, tmp_path, monkeypatch):
+def test_an_interrupted_trial_goes_on(tiny, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = f"--data {tiny_folder} --epochs 3 --bs 8 --lr 0.05 --device cpu --compile no"
-    (tmp_path / "list.txt").write_text(line + "\n")
-    (whole,) = sweep("list.txt", "1", out="whole.csv", runs="whole")
+    trials = [("one", dict(data=str(tiny_folder), epochs=3, bs=8, lr=0.05))]
+    (whole,) = sweep(trials, "1", out="whole.csv", runs="whole")
     with monkeypatch.context() as patch:
         strike("validate", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), patch.setattr)
         with pytest.raises(Stopped) as stopped:
-            sweep("list.txt", "1", out="parts.csv", runs="parts")
+            sweep(trials, "1", out="parts.csv", runs="parts")
     assert stopped.value.resume == "the same command" and not Path("parts.csv").exists()
-    (row,) = sweep("list.txt", "1", out="parts.csv", runs="parts")
-    assert row["valid_accuracy"] == whole["valid_accuracy"] and history("parts/001") == history("whole/001")
-    assert [path.name for path in Path("parts").iterdir()] == ["001"]
-    assert {path.name for path in Path("parts/001").iterdir()} == {"config.json", "history.csv"}, "nothing is drawn"
-    sweep("list.txt", "2", out="parts.csv", runs="parts")
-    assert sorted(path.name for path in Path("parts").iterdir()) == ["001", "002"]
+    (row,) = sweep(trials, "1", out="parts.csv", runs="parts")
+    (folder,), (other,) = Path("parts").iterdir(), Path("whole").iterdir()
+    assert row["valid_accuracy"] == whole["valid_accuracy"] and history(folder) == history(other)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "history.csv"}, "nothing is drawn"
+    sweep(trials, "2", out="parts.csv", runs="parts")
+    assert len(list(Path("parts").iterdir())) == 2

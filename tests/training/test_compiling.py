@@ -19,10 +19,10 @@ def test_auto_weighs_the_length_of_the_run(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
     assert choose_compile("auto", CPU, 1_000_000)[0]
     assert not choose_compile("auto", CPU, 1_000)[0]
-    assert choose_compile("yes", CPU, 1) == (True, "as asked")
-    assert choose_compile("no", CPU, 10**9) == (False, "as asked")
+    assert choose_compile("yes", CPU, 1) == (True, "as requested")
+    assert choose_compile("no", CPU, 10**9) == (False, "as requested")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert choose_compile("auto", CPU, 10**9) == (False, "no C++ compiler is here")
+    assert choose_compile("auto", CPU, 10**9) == (False, "there is no C++ compiler")
 
 
 def test_a_compile_that_fails_says_so_in_a_line_and_leaves_the_model_as_it_was(tiny_model):

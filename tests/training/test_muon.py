@@ -1,7 +1,5 @@
 """Muon beside a decomposition into singular values, beside torch's own on matrices, and beside SGD on all else."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -22,17 +20,6 @@ def test_orthogonalised_keeps_the_directions_and_evens_the_singular_values(shape
     assert values[large].min() > 0.5 and values.max() < 1.21
 
 
-@pytest.mark.parametrize("n_steps", [1, 3, 5])
-def test_orthogonalised_is_the_iteration_on_the_matrix_itself(n_steps):
-    torch.manual_seed(0)
-    x = torch.randn(2, 24, 100)
-    slow = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
-    for _ in range(n_steps):
-        gram = slow @ slow.mT
-        slow = 3.4445 * slow - 4.7750 * gram @ slow + 2.0315 * gram @ gram @ slow
-    assert torch.allclose(orthogonalised(x, n_steps).double(), slow, atol=1e-5)
-
-
 def test_a_step_of_filters_is_torchs_muon_on_the_matrix():
     torch.manual_seed(0)
     filters = nn.Parameter(torch.randn(8, 4, 3, 3))
@@ -51,14 +38,8 @@ def test_a_step_of_filters_is_torchs_muon_on_the_matrix():
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3),
-        nn.Flatten(),
-        nn.Linear(8 * 16, 5),
-    )
+    stem = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    return nn.Sequential(*stem, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5))
 
 
 def test_all_but_filters_follow_torchs_sgd():
@@ -88,28 +69,6 @@ def test_batch_norm_does_not_see_how_long_filters_are_made():
     assert torch.allclose(net(images), before, atol=1e-3)
 
 
-def test_a_saved_optimizer_goes_on_as_if_it_had_not_stopped():
-    torch.manual_seed(0)
-    straight = network()
-    first = Muon(straight.parameters(), lr=0.05, momentum=0.9)
-    gradients = [[torch.randn_like(p) for p in straight.parameters()] for _ in range(4)]
-
-    def steps(net, optimizer, some):
-        for each in some:
-            for p, gradient in zip(net.parameters(), each, strict=True):
-                p.grad = gradient.clone()
-            optimizer.step()
-
-    steps(straight, first, gradients[:2])
-    resumed = copy.deepcopy(straight)
-    second = Muon(resumed.parameters(), lr=0.05, momentum=0.9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    steps(straight, first, gradients[2:])
-    steps(resumed, second, gradients[2:])
-    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_closure_is_called_once_and_the_gradients_stay():
     net, calls = network(), []
     optimizer = Muon(net.parameters(), lr=0.1, momentum=0.9)
@@ -126,15 +85,12 @@ def test_a_closure_is_called_once_and_the_gradients_stay():
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_filters_of_zeros_stay_numbers():
-    filters = nn.Parameter(torch.zeros(8, 4, 3, 3))
-    filters.grad = torch.zeros_like(filters)
-    Muon([filters], lr=0.1).step()
-    assert torch.equal(filters.detach(), torch.zeros(8, 4, 3, 3))
-
-
-def test_filters_without_a_gradient_stay():
+def test_filters_without_a_gradient_or_of_zeros_stay():
     net = network()
     before = net[0].weight.detach().clone()
     Muon(net.parameters(), lr=0.1).step()
     assert torch.equal(net[0].weight, before)
+    filters = nn.Parameter(torch.zeros(8, 4, 3, 3))
+    filters.grad = torch.zeros_like(filters)
+    Muon([filters], lr=0.1).step()
+    assert torch.equal(filters.detach(), torch.zeros(8, 4, 3, 3))

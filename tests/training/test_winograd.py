@@ -23,18 +23,10 @@ def uncompiled():
         yield
 
 
-def one_chunk_per_image(monkeypatch):
-    monkeypatch.setattr(winograd, "_CHUNK", 1)
-
-
-def three_images_per_chunk(monkeypatch):
-    monkeypatch.setattr(winograd, "_CHUNK", 3 * 36 * 5 * 2 * 3)
-
-
-@pytest.mark.parametrize("chunks", [one_chunk_per_image, three_images_per_chunk, lambda monkeypatch: None])
+@pytest.mark.parametrize("chunk", [1, 3 * 36 * 5 * 2 * 3, winograd._CHUNK], ids=["one image", "three", "all"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_values_and_gradients_are_those_of_torch_in_double_precision(uncompiled, monkeypatch, chunks, channels_last):
-    chunks(monkeypatch)
+def test_values_and_gradients_are_those_of_torch_in_double_precision(uncompiled, monkeypatch, chunk, channels_last):
+    monkeypatch.setattr(winograd, "_CHUNK", chunk)
     compare(n=7, n_in=3, n_out=5, channels_last=channels_last)
 
 
@@ -92,24 +84,11 @@ def test_a_quarter_of_the_multiplications_in_both_directions(uncompiled):
 
 
 WIDE = dict(in_channels=16, out_channels=16, kernel_size=3, padding=1)
+OTHER = [dict(kernel_size=1, padding=0), dict(kernel_size=5), dict(stride=2), dict(padding=0), dict(dilation=2)]
+OTHER += [dict(groups=2), dict(padding_mode="reflect"), dict(in_channels=3), dict(out_channels=8)]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(kernel_size=1, padding=0),
-        dict(stride=2),
-        dict(padding=0),
-        dict(dilation=2),
-        dict(groups=2),
-        dict(padding_mode="reflect"),
-        dict(in_channels=3),
-        dict(out_channels=8),
-        dict(kernel_size=5),
-        dict(padding="same"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", OTHER, ids=str)
 def test_other_convolutions_are_left_alone(change):
     conv = nn.Conv2d(**WIDE | change)
     winograd_convolutions(conv)
@@ -175,13 +154,8 @@ def step(net, x):
 def test_a_compiled_model_uses_them_and_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is compiled is today's
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
+    convolutions = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     plain, x = copy.deepcopy(model), torch.randn(8, 3, 16, 16)
     assert compile_model(model, x, nullcontext()) is None
 

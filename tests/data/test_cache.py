@@ -1,0 +1,181 @@
+"""The cache of decoded images: used again, rebuilt when damaged, shared by threads, and never in the way."""
+
+import os
+import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_data import CLASSES, TINY, encoded, random_pixels, tiny_files, without, write_folder, write_tar
+
+from cifar_fastai.data import cache, decode
+from cifar_fastai.data import images as data
+from cifar_fastai.data.images import load_images
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return write_folder(tmp_path / "pets", TINY)
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """A list that grows by each decoding."""
+    done = []
+
+    def count(source, progress):
+        done.append(source.path)
+        return decode.decode(source, progress)
+
+    monkeypatch.setattr(data, "decode", count)
+    return done
+
+
+def same(a, b):
+    a, b = asdict(a), asdict(b)
+    return all(np.array_equal(a.pop(name), b.pop(name)) for name in ("images", "labels")) and a == b
+
+
+def test_second_start_decodes_nothing(tmp_path, pets, decodings):
+    packed = write_tar(tmp_path / "pets.tgz", TINY), write_tar(tmp_path / "top.tgz", tiny_files(top="cats/"))
+    for path in (pets, *packed):
+        first, n = load_images(path), len(decodings)
+        assert same(load_images(path), first) and len(decodings) == n
+    assert load_images(packed[0].rename(tmp_path / "my.cows.tar.gz")).name == "my.cows"
+    assert len(decodings) == 3
+
+
+def test_changed_source_is_decoded_again(tmp_path, pets, decodings):
+    load_images(pets)
+    file = pets / "train/cat/0000.png"
+    times, changed = file.stat(), encoded(random_pixels(77))
+    assert len(changed) == times.st_size
+    file.write_bytes(changed)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same date
+    assert np.array_equal(load_images(pets).images[0], random_pixels(77).transpose(2, 0, 1)) and len(decodings) == 2
+    file.unlink()
+    assert load_images(pets).n_train == 5 and len(decodings) == 3
+    archive = write_tar(tmp_path / "pets.tgz", TINY)
+    assert load_images(archive).n_train == 6
+    assert load_images(write_tar(archive, without(TINY, "0002"))).n_train == 4
+
+
+def flip_in(member, at):
+    """Change one bit of a member of the .npz, counted from its end where `at` is negative."""
+
+    def damage(path):
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{member}.npy")
+        content = bytearray(path.read_bytes())
+        start = info.header_offset + 30 + len(info.filename) + content[info.header_offset + 28]  # after its extra field
+        content[start + at % info.file_size] ^= 0x10
+        path.write_bytes(content)
+
+    return damage
+
+
+def write_other(**changes):
+    def damage(path):
+        with np.load(path) as archive:
+            arrays = dict(archive) | changes
+        np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+    return damage
+
+
+PLACES = [(name, at) for name in ("images", "labels", "about") for at in (3, 20, 61, 150, -1)]
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a lone array": lambda path: np.save(path.open("wb"), np.zeros(3)),
+    **{f"{name} {at}": flip_in(name, at) for name, at in PLACES},
+    "wrong shape": write_other(images=np.zeros((10, 3, 16, 64), np.uint8)),
+    "wrong dtype": write_other(images=np.zeros((10, 3, 32, 32), np.int8)),
+    "objects": write_other(images=np.array([None] * 10)),
+    "too few": write_other(images=np.zeros((9, 3, 32, 32), np.uint8)),
+    "no labels": write_other(labels=None),
+    "about of another kind": write_other(about=np.array("[1]")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_cache_is_rebuilt(pets, own_cache, decodings, case):
+    first = load_images(pets)
+    [path] = own_cache.iterdir()
+    DAMAGES[case](path)
+    assert same(load_images(pets), first) and len(decodings) == 2
+    assert same(load_images(pets), first) and len(decodings) == 2
+    assert list(own_cache.iterdir()) == [path]
+
+
+def test_file_of_another_source_is_not_taken(tmp_path, pets, own_cache, decodings):
+    load_images(pets)
+    [path] = own_cache.iterdir()
+    load_images(write_folder(tmp_path / "cows", tiny_files(("cow", "ox"), 2, 1)))
+    [cows] = [other for other in own_cache.iterdir() if other != path]
+    shutil.copy(cows, path)
+    assert load_images(pets).classes == CLASSES and len(decodings) == 3
+
+
+def test_a_killed_process_leaves_nothing_for_long(pets, own_cache, monkeypatch):
+    own_cache.mkdir()
+    old, new = own_cache / ".1.tmp", own_cache / ".2.tmp"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+
+    def half(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(pets)
+    assert list(own_cache.iterdir()) == [new]
+
+
+def test_unwritable_cache_costs_a_note(tmp_path, pets):
+    (tmp_path / "file").write_bytes(b"")
+    folder = tmp_path / "file" / "cache"
+    images = load_images(pets, cache_dir=folder)
+    assert images.n_train == 6 and images.note.startswith(f"{folder}: decoded images cannot be kept there (")
+    assert "Not a directory" in images.note and images.note.isprintable()
+
+
+def test_threads_at_once(pets, own_cache):
+    """Many readers and writers of one file: each ends with the complete set, and a complete file stays."""
+    first, results = load_images(pets), []
+    [path] = own_cache.iterdir()
+
+    def work(_):
+        for _ in range(10):
+            path.unlink(missing_ok=True)
+            results.append(same(load_images(pets), first))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert results == [True] * 40
+    assert same(load_images(pets), first)
+    assert not list(own_cache.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "expected"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/cifar_fastai"),
+        ("linux", {}, "~/.cache/cifar_fastai"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache/cifar_fastai"),
+        ("win32", {"LOCALAPPDATA": "/local", "XDG_CACHE_HOME": "/x"}, "/local/cifar_fastai"),
+        ("linux", {"CIFAR_FASTAI_CACHE": "/own", "XDG_CACHE_HOME": "/x"}, "/own"),
+    ],
+)
+def test_cache_folder(monkeypatch, platform, environment, expected):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "CIFAR_FASTAI_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cache.sys, "platform", platform)
+    assert cache.cache_folder() == Path(expected).expanduser()

@@ -1,0 +1,230 @@
+"""`load_images`: names, numbers, digits, and CIFAR-10 from wherever it is."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_data import CLASSES, TINY, encoded, random_pixels, refused, tiny_files, write_folder, write_tar
+
+from cifar_fastai.data import images as data
+from cifar_fastai.data.images import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, load_images
+from cifar_fastai.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_folder(tmp_path):
+    images = load_images(write_folder(tmp_path / "pets", TINY))
+    assert images.name == "pets" and images.classes == CLASSES
+    assert images.images.shape == (10, 3, 32, 32) and images.images.dtype == np.uint8
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1] and images.labels.dtype == np.int64
+    assert (images.n_train, images.n_test, images.flip, images.note) == (6, 4, 0.5, None)
+    assert images.source == str(tmp_path / "pets")
+    for seed in range(10):
+        assert np.array_equal(images.images[seed], random_pixels(seed).transpose(2, 0, 1))  # (3, 32, 32)
+    assert np.array_equal(images.train_images, images.images[:6])
+    assert np.array_equal(images.test_images, images.images[6:])
+    assert [*images.train_labels, *images.test_labels] == images.labels.tolist()
+    assert repr(images) == "pets: 6 train and 4 test images of 2 classes, from pets"
+    assert np.allclose(images.mean, images.train_images.mean((0, 2, 3)) / 255, atol=1e-6)
+    assert np.allclose(images.std, images.train_images.std((0, 2, 3)) / 255, atol=1e-6)
+
+
+def test_images_of_one_colour_have_a_deviation_to_divide_by(tmp_path):
+    grey = encoded(np.full((32, 32, 3), 99, np.uint8))
+    assert min(load_images(write_folder(tmp_path / "grey", dict.fromkeys(TINY, grey))).std) > 0.003
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_cifar10_is_named_by_its_content(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(data, "CIFAR10_SPLITS", (20, 10))
+    files = tiny_files(CIFAR10_CLASSES, 2, 1)
+    if suffix == "jpg":  # the names say png: the content decides
+        files = {name: encoded(random_pixels(seed), "JPEG") for seed, name in enumerate(files)}
+    images = load_images(write_folder(tmp_path / "anything", files))
+    assert images.name == ("CIFAR-10 (JPEG copy)" if suffix == "jpg" else "CIFAR-10")
+    assert (images.mean, images.std, images.classes) == (CIFAR10_MEAN, CIFAR10_STD, CIFAR10_CLASSES)
+    del files["train/cat/0000.png"]
+    images = load_images(write_folder(tmp_path / "less", files))
+    assert images.name == "less" and images.mean != CIFAR10_MEAN
+
+
+@pytest.mark.parametrize("name", ["CIFAR-10", "digits"])
+def test_a_folder_does_not_get_a_reserved_name(tmp_path, name):
+    images = load_images(write_folder(tmp_path / name, TINY))
+    assert images.name == f"folder {name}" and images.flip == 0.5
+    write_folder(tmp_path / "outer", tiny_files(top=f"{name}/"))
+    assert load_images(tmp_path / "outer").name == f"folder {name}"
+
+
+def test_the_fingerprint_is_of_the_content(tiny_images):
+    flipped, moved = tiny_images.images.copy(), tiny_images.labels.copy()
+    flipped[0, 0, 0, 0] ^= 1
+    moved[:2] = moved[1::-1]
+    others = [dict(images=flipped), dict(labels=moved), dict(classes=("a", "b", "c")), dict(n_train=47)]
+    fingerprints = {replace(tiny_images, **change).fingerprint for change in [{}, *others]}
+    assert len(fingerprints) == 5
+    assert replace(tiny_images, name="x", source="y", mean=(0, 0, 0), note="z").fingerprint in fingerprints
+    # runs store it, so it is the same in every version
+    assert tiny_images.fingerprint == "7a695e1974ba2cb80eaa2fc62d667f30723e1c3c0cd0578bde93f14502787afb"
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    images = load_images("digits")
+    assert (images.name, images.source, images.flip, images.note) == ("digits", "scikit-learn load_digits", 0.0, None)
+    assert images.fingerprint.startswith("de57815fa921dc43")
+    assert (images.n_train, images.n_test) == (1437, 360) and images.classes == tuple("0123456789")
+    shares = [np.bincount(labels, minlength=10) / len(labels) for labels in (images.train_labels, images.test_labels)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.005  # stratified
+    small = images.images[:, 0].reshape(-1, 8, 4, 8, 4).mean((2, 4)).reshape(-1, 64)  # (1797, 64)
+    grey, labels = load_digits(return_X_y=True)
+    distance = (small**2).sum(1)[:, None] - 2 * small @ (grey.T * 255 / 16) + ((grey * 255 / 16) ** 2).sum(1)
+    nearest = distance.argmin(1)  # each image is the digit of its label
+    assert np.array_equal(labels[nearest], images.labels)
+    assert len(set(nearest[:1437]) & set(nearest[1437:])) == 0  # no image in both splits
+
+
+NOTE = r"CIFAR-10 is not available \(download of .*: no network\); scikit-learn's digits are used instead"
+
+
+def test_environment_sets_the_path_of_auto(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR10_PATH", str(write_folder(tmp_path / "pets", TINY)))
+    assert load_images("auto").name == load_images(None).name == load_images().name == "pets"
+    assert load_images("digits").name == "digits"
+    monkeypatch.setenv("CIFAR10_PATH", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match=r"gone: cannot be read .* \(the environment variable CIFAR10_PATH names it\)"):
+        load_images()
+
+
+COPY = tiny_files(CIFAR10_CLASSES, 2, 1, top="cifar10/")
+
+
+class Network:
+    """fastai's folders, empty; CIFAR-10 has 30 images there. `error` is what a download ends in."""
+
+    error = OSError("no network")
+
+    def __init__(self, home, monkeypatch):
+        self.home = home
+        monkeypatch.setattr("fastai.data.external.fastai_path", lambda kind: home / kind)
+        monkeypatch.setattr("fastai.data.external.untar_data", self.untar_data)
+        monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: io.BytesIO())
+        monkeypatch.setattr(data, "CIFAR10_SPLITS", (20, 10))
+
+    def untar_data(self, url):
+        print("a bar that floods a log")
+        if self.error:
+            raise self.error
+        return write_folder(self.home / "data", COPY) / "cifar10"
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    return Network(tmp_path / "fastai", monkeypatch)
+
+
+def test_fastai_copy(network):
+    write_folder(network.home / "data", COPY)
+    images = load_images("cifar10")
+    assert (images.name, images.source, images.note) == ("CIFAR-10", "fastai URLs.CIFAR", None)
+    shutil.rmtree(network.home)
+    assert load_images("auto").fingerprint == images.fingerprint  # from the cache
+    assert load_images("auto").source == "fastai URLs.CIFAR"
+
+
+def test_download(network, capsys):
+    refused("cifar10", "download of https://.*/cifar10.tgz: no network")
+    for name in ("auto", None):
+        images = load_images(name)
+        assert images.name == "digits" and re.fullmatch(NOTE, images.note)
+    network.error = None
+    assert load_images("auto").name == "CIFAR-10"
+    assert capsys.readouterr().out == ""
+
+
+def test_fastai_archive_where_the_folder_is_incomplete(network):
+    write_folder(network.home / "data", dict(list(COPY.items())[:7]))
+    refused("cifar10", r"fastai's copy is not complete \(.*no images in test.*\); delete it")
+    assert load_images("auto").name == "digits"
+    (network.home / "archive").mkdir()
+    write_tar(network.home / "archive/cifar10.tgz", COPY)
+    assert load_images("cifar10").name == "CIFAR-10"
+
+
+def test_fastai_copy_of_another_size(network):
+    write_folder(network.home / "data", COPY | {"cifar10/test/cat/0001.png": TINY["test/dog/0000.png"]})
+    for _ in range(2):  # the second time there is something in the cache
+        with pytest.raises(InputError, match="cifar10: 20 train and 11 test images"):
+            load_images("cifar10")
+
+
+def test_cifar10_that_was_read_from_a_path_serves_auto(tmp_path, network):
+    images = load_images(write_tar(tmp_path / "copy.tar.gz", COPY))
+    assert load_images("auto").fingerprint == images.fingerprint
+    assert load_images("cifar10").source == str(tmp_path / "copy.tar.gz")
+
+
+def test_nothing_is_downloaded_from_a_host_that_does_not_answer(network, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("fastai.data.external.URLs.CIFAR", "http://127.0.0.1:9/cifar10.tgz")
+    monkeypatch.setattr("fastai.data.external.fastai_path", lambda kind: network.home)
+    monkeypatch.setattr("fastai.data.external.untar_data", lambda url: os._exit(1))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="download of http://127.0.0.1:9/cifar10.tgz: Connection refused"):
+        load_images("cifar10", cache_dir=network.home)
+
+
+def test_progress_on_a_terminal_or_in_a_notebook_only(tmp_path, own_cache, monkeypatch, capsys):
+    pets = write_folder(tmp_path / "pets", TINY)
+
+    def progress(**options):
+        shutil.rmtree(own_cache, ignore_errors=True)
+        load_images(pets, **options)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    assert progress() == ""
+    for place in ("cifar_fastai.data.decode.in_notebook", "sys.stderr.isatty"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda: True)
+            assert "decoding images" in progress() and progress(progress=False) == ""
+
+
+def test_importing_it_is_light():
+    heavy = "{'torch', 'fastai', 'sklearn', 'matplotlib'}"
+    script = f"import sys, cifar_fastai.data.images; print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, cwd=ROOT, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("\n", "", 0)
+
+
+REAL = os.environ.get("CIFAR10_PATH")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="CIFAR10_PATH does not name a copy of CIFAR-10")
+def test_real_cifar10():
+    images = load_images(REAL)
+    assert images.name in ("CIFAR-10", "CIFAR-10 (JPEG copy)") and images.note is None
+    assert (images.n_train, images.n_test, images.classes) == (50_000, 10_000, CIFAR10_CLASSES)
+    assert np.bincount(images.train_labels).tolist() == [5000] * 10
+    assert np.bincount(images.test_labels).tolist() == [1000] * 10
+    mean, std = data.channel_statistics(images.train_images)
+    assert np.allclose(mean, CIFAR10_MEAN, atol=0.003) and np.allclose(std, CIFAR10_STD, atol=0.006)
+    seconds = []
+    for _ in range(5):  # the best of them: another process may have the disk or the cores
+        began = time.monotonic()
+        again = load_images(REAL)
+        seconds.append(time.monotonic() - began)
+    assert again.fingerprint == images.fingerprint and min(seconds) < 1

@@ -1,0 +1,133 @@
+"""Every number in README's table comes from a run that is kept, and every kept run agrees with itself."""
+
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cifar_fastai.cli import command_line
+from cifar_fastai.errors import InputError
+from cifar_fastai.files import read_json, write_json
+from cifar_fastai.recipes import resolve_recipe
+from cifar_fastai.runs import table
+from cifar_fastai.runs.run import suit_data
+from cifar_fastai.runs.table import BEGIN, END, Result, keep_result, load_results, overrides_today
+from cifar_fastai.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/metrics.json"))
+
+results_table = partial(table.results_table, command_line=command_line)
+update_readme = partial(table.update_readme, command_line=command_line)
+every_kept_run = pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+
+
+def test_readme_shows_what_the_kept_runs_give():
+    assert RESULTS and all((run / "curves.png").exists() for run in RESULTS)
+    assert not update_readme(ROOT / "README.md", ROOT / "recipes" / "results", check=True)
+
+
+@every_kept_run
+def test_a_kept_runs_accuracy_is_the_one_its_predictions_have(folder):
+    metrics, rows = read_json(folder / "metrics.json"), pd.read_csv(folder / "predictions.csv")
+    assert (rows["target"] == rows["predicted"]).mean() == pytest.approx(metrics["test_accuracy"], abs=1e-9)
+    history = pd.read_csv(folder / "history.csv")
+    assert len(history) == metrics["epochs"]
+    assert history["valid_accuracy"].iloc[-1] == pytest.approx(metrics["valid_accuracy"])
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    assert "/home" not in text and "/work" not in text and "\\\\" not in text
+
+
+@every_kept_run
+def test_the_command_beside_a_kept_run_gives_its_parameters(folder):
+    config = read_json(folder / "config.json")
+    settings, overrides = resolve_recipe(config["recipe"], overrides_today(config))
+    bs, lr = suit_data(settings, overrides, config["train_images"])
+    then = Settings.from_dict(config["parameters"]).to_dict()  # a parameter that did not exist then was neutral
+    now = settings.to_dict() | dict(bs=bs)
+    assert {name for name in now if now[name] != then[name]} <= {"out", "device", "precision", "flip", "lr"}
+    assert lr == ("find" if "lr_find" in config else then["lr"])
+
+
+def result(seed, accuracy=0.9, epochs=20, parameters=(), **overrides):
+    """A kept run of resnet18.py whose parameters were, beside `overrides`, by default `parameters` then."""
+    overrides = dict(data="cifar10", seed=seed, valid_pct=0.1, no_test=True) | overrides
+    parameters = resolve_recipe("resnet18", overrides)[0].to_dict() | dict(parameters)
+    versions = {"git_commit": "abc1234"}
+    config = dict(recipe="resnet18", given=overrides, parameters=parameters, train_images=45_000, versions=versions)
+    metrics = dict(dataset="CIFAR-10", model="resnet18", epochs=epochs, seed=seed, seconds=90.0, precision="bf16")
+    metrics |= dict(test_accuracy=accuracy, tta_accuracy=(accuracy or 0) + 0.01, tta_shift_accuracy=None)
+    return Result(config, metrics | dict(hardware="a GPU"), Path("results"))
+
+
+def test_a_default_that_has_changed_since_stands_in_the_command():
+    run = result(1, parameters=dict(wd=0.123, bs=37))
+    assert "--data cifar10 --bs 37 --lr 0.04 --wd 0.123 --valid-pct 0.1 --no-test --seed 1`" in results_table([run])
+
+
+def test_a_run_made_by_the_command_of_an_older_one_joins_its_row():
+    old = result(1, parameters=dict(wd=0.123, momentum=0.8), label_smoothing=0.2)
+    overrides = overrides_today(old.config) | {"seed": 2}
+    new = result(parameters=old.config["parameters"] | {"seed": 2}, **overrides)
+    assert "--seed 1 | 2`" in results_table([old, new])
+
+
+def test_a_rate_of_a_range_test_is_searched_again_and_a_recipe_that_is_gone_is_named():
+    run = result(1, parameters=dict(lr=0.003))
+    assert "--lr 0.003" in results_table([run])
+    run.config["lr_find"] = {"valley": 0.003}
+    assert "--lr" not in results_table([run])
+    run.config["recipe"] = "resnet99"
+    with pytest.raises(InputError, match="recipe='resnet99': no such name"):
+        results_table([run])
+
+
+def test_the_table_has_mean_and_deviation_over_seeds():
+    text = results_table([result(1, 0.90), result(2, 0.92)])
+    row = "| CIFAR-10 | resnet18 | 20 | 2 | 91.00% ± 1.41% | 92.00% ± 1.41% | - | 1.5 min | a GPU, bf16 | abc1234 |"
+    assert text.splitlines()[2] == row
+    assert "`python recipes/resnet18.py --data cifar10 --valid-pct 0.1 --no-test --seed 1 | 2`" in text
+
+
+def test_the_most_accurate_stands_first_in_its_data_set():
+    runs = [result(n, accuracy, epochs=n) for n, accuracy in enumerate((0.7, 0.9, None, 0.99), 1)]
+    for run in runs:
+        run.config["given"]["epochs"] = run.metrics["epochs"]
+        run.metrics["tta_accuracy"] = None
+    runs[3].metrics["dataset"] = "digits"
+    rows = results_table(runs).splitlines()[2:6]
+    assert [row.split(" | ")[4] for row in rows] == ["90.00%", "70.00%", "-", "99.00%"]
+
+
+def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
+    run, places = tmp_path / "run", {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run"}
+    run.mkdir()
+    config = {"recipe": "resnet18", "given": places, "parameters": places, "data_source": places["data"]}
+    write_json(run / "config.json", config)
+    with pytest.raises(InputError, match="only a finished run"):
+        keep_result(run, tmp_path / "results")
+    for name in ("history.csv", "metrics.json", "predictions.csv", "curves.png"):
+        (run / name).write_text("{}")
+    kept = keep_result(run, tmp_path / "results")
+    assert "ann" not in (kept / "config.json").read_text()
+    assert load_results(tmp_path / "results")[0].config["given"]["data"] == "cifar10.tgz"
+
+
+def test_the_curves_are_those_of_the_first_row(tmp_path):
+    for name, accuracy, epochs in (("a", 0.7, 7), ("b", 0.9, 9)):
+        run = result(1, accuracy, epochs)
+        run.config["given"]["epochs"] = epochs
+        (folder := tmp_path / "results" / name).mkdir(parents=True)
+        write_json(folder / "config.json", run.config)
+        write_json(folder / "metrics.json", run.metrics)
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(InputError, match="must stand in it once"):
+        update_readme(readme, tmp_path / "results")
+    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    assert update_readme(readme, tmp_path / "results")
+    text = readme.read_text()
+    assert "![Loss and accuracy by epoch: resnet18, 9 epochs of CIFAR-10, seed 1](results/b/curves.png)" in text
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert not update_readme(readme, tmp_path / "results")
