@@ -11,7 +11,7 @@ import numpy as np
 
 from cifar_fastai.files import atomic_write
 
-_VERSION = 3  # of the file's layout, and of how images are decoded
+_VERSION = 4  # of the file's layout, and of how images are decoded
 _DAY = 24 * 60 * 60  # seconds
 
 

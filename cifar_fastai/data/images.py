@@ -15,6 +15,7 @@ from fastcore.imports import in_notebook
 from PIL import Image
 
 from cifar_fastai.data import cache
+from cifar_fastai.data.cifar10 import in_official_order
 from cifar_fastai.data.decode import decode
 from cifar_fastai.data.sources import open_source
 from cifar_fastai.errors import InputError, printable, reason
@@ -23,7 +24,9 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 train images, pixels in 0..1
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_SPLITS = (50_000, 10_000)  # train, test
-CIFAR10, CIFAR10_JPEG, DIGITS = "CIFAR-10", "CIFAR-10 (JPEG copy)", "digits"  # reserved names of data sets
+CIFAR10, CIFAR10_JPEG, DIGITS = "CIFAR-10", "CIFAR-10 (JPEG copy)", "digits"
+CIFAR10_OTHER = "CIFAR-10 (other pixels)"
+RESERVED = (CIFAR10, CIFAR10_JPEG, CIFAR10_OTHER, DIGITS)  # no folder gives its data set such a name
 FASTAI_SOURCE = "fastai URLs.CIFAR"
 
 
@@ -31,7 +34,7 @@ FASTAI_SOURCE = "fastai URLs.CIFAR"
 class ImageSet:
     """A data set in memory: train images first, then test images. An image is (3, 32, 32), its channels RGB."""
 
-    name: str  # "CIFAR-10", "CIFAR-10 (JPEG copy)", "digits", or the folder's name
+    name: str  # "CIFAR-10", "CIFAR-10 (JPEG copy)", "CIFAR-10 (other pixels)", "digits", or the folder's name
     classes: tuple[str, ...]
     images: np.ndarray  # uint8 (N, 3, 32, 32)
     labels: np.ndarray  # int64 (N,)
@@ -117,7 +120,9 @@ def _load_path(path, cache_dir, progress, address=None):
     if fields is None:
         images, labels, classes, n_train, has_jpeg = decode(source, progress)
         if classes == CIFAR10_CLASSES and (n_train, len(images) - n_train) == CIFAR10_SPLITS:  # the content decides
-            name, mean, std = CIFAR10_JPEG if has_jpeg else CIFAR10, CIFAR10_MEAN, CIFAR10_STD
+            images, labels, is_official = in_official_order(images, labels)
+            name = CIFAR10 if is_official else CIFAR10_JPEG if has_jpeg else CIFAR10_OTHER
+            mean, std = CIFAR10_MEAN, CIFAR10_STD
         else:
             name, (mean, std) = _folder_name(printable(source.root)), channel_statistics(images[:n_train])
         fields = dict(name=name, classes=classes, images=images, labels=labels, n_train=n_train, mean=mean, std=std)
@@ -131,7 +136,7 @@ def _load_path(path, cache_dir, progress, address=None):
 
 
 def _folder_name(name):
-    return f"folder {name}" if name in (CIFAR10, CIFAR10_JPEG, DIGITS) else name
+    return f"folder {name}" if name in RESERVED else name
 
 
 def _load_digits():

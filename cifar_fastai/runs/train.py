@@ -167,7 +167,8 @@ def _print_header(run):
     compiled = "compiled" if run.compiled else "not compiled"
     classes, parameters = len(images.classes), run.n_parameters
     print(f"{name} on {images.name}: {sizes} of {classes} classes; {parameters:,} parameters")
-    print(f"images: {images.source}")
+    copy = " (not CIFAR-10's own pixels: not comparable with published results)" if "CIFAR-10 (" in images.name else ""
+    print(f"images: {images.source}{copy}")
     print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
     print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
     print(f"files: {run.folder}", flush=True)

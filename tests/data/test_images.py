@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_data import CLASSES, TINY, encoded, random_pixels, refused, tiny_files, write_folder, write_tar
 
+from cifar_fastai.data import cifar10
 from cifar_fastai.data import images as data
 from cifar_fastai.data.images import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, load_images
 from cifar_fastai.errors import InputError
@@ -43,18 +44,36 @@ def test_images_of_one_colour_have_a_deviation_to_divide_by(tmp_path):
     assert min(load_images(write_folder(tmp_path / "grey", dict.fromkeys(TINY, grey))).std) > 0.003
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_cifar10_is_named_by_its_content(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(data, "CIFAR10_SPLITS", (20, 10))
-    files = tiny_files(CIFAR10_CLASSES, 2, 1)
-    if suffix == "jpg":  # the names say png: the content decides
-        files = {name: encoded(random_pixels(seed), "JPEG") for seed, name in enumerate(files)}
+def count_as_cifar10(monkeypatch, splits=(20, 10), is_official=True):
+    """Let data sets of this size, with CIFAR-10's classes, pass for CIFAR-10, or for one of other pixels."""
+    monkeypatch.setattr(data, "CIFAR10_SPLITS", splits)
+    monkeypatch.setattr(data, "in_official_order", lambda images, labels: (images, labels, is_official))
+
+
+@pytest.mark.parametrize(
+    "kind, is_official, name",
+    [("PNG", True, "CIFAR-10"), ("PNG", False, "CIFAR-10 (other pixels)"), ("JPEG", False, "CIFAR-10 (JPEG copy)")],
+)
+def test_cifar10_is_named_by_its_content(tmp_path, monkeypatch, kind, is_official, name):
+    count_as_cifar10(monkeypatch, is_official=is_official)
+    files = tiny_files(CIFAR10_CLASSES, 2, 1)  # whose names say png: the content decides
+    files = {name: encoded(random_pixels(seed), kind) for seed, name in enumerate(files)}
     images = load_images(write_folder(tmp_path / "anything", files))
-    assert images.name == ("CIFAR-10 (JPEG copy)" if suffix == "jpg" else "CIFAR-10")
+    assert images.name == name
     assert (images.mean, images.std, images.classes) == (CIFAR10_MEAN, CIFAR10_STD, CIFAR10_CLASSES)
     del files["train/cat/0000.png"]
     images = load_images(write_folder(tmp_path / "less", files))
     assert images.name == "less" and images.mean != CIFAR10_MEAN
+
+
+def test_other_pixels_are_not_served_as_cifar10(network, tmp_path, monkeypatch):
+    """Random images under CIFAR-10's class names and counts stay out of what `auto` and `cifar10` find."""
+    count_as_cifar10(monkeypatch, is_official=False)
+    fake = load_images(write_folder(tmp_path / "fake", tiny_files(CIFAR10_CLASSES, 2, 1)))
+    assert fake.name == "CIFAR-10 (other pixels)"
+    assert load_images("auto").name == "digits"
+    with pytest.raises(InputError, match="no network"):
+        load_images("cifar10")
 
 
 @pytest.mark.parametrize("name", ["CIFAR-10", "digits"])
@@ -119,7 +138,7 @@ class Network:
         monkeypatch.setattr("fastai.data.external.fastai_path", lambda kind: home / kind)
         monkeypatch.setattr("fastai.data.external.untar_data", self.untar_data)
         monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: io.BytesIO())
-        monkeypatch.setattr(data, "CIFAR10_SPLITS", (20, 10))
+        count_as_cifar10(monkeypatch)
 
     def untar_data(self, url):
         print("a bar that floods a log")
@@ -220,6 +239,14 @@ def test_real_cifar10():
     assert (images.n_train, images.n_test, images.classes) == (50_000, 10_000, CIFAR10_CLASSES)
     assert np.bincount(images.train_labels).tolist() == [5000] * 10
     assert np.bincount(images.test_labels).tolist() == [1000] * 10
+    if images.name == "CIFAR-10":  # in any order of its files, but not with another pixel
+        rng = np.random.default_rng(0)
+        order = np.concatenate([rng.permutation(50_000), 50_000 + rng.permutation(10_000)])
+        shuffled = images.images[order], images.labels[order]
+        pixels, labels, is_official = cifar10.in_official_order(*shuffled)
+        assert is_official and np.array_equal(pixels, images.images) and np.array_equal(labels, images.labels)
+        shuffled[0][0, 0, 0, 0] ^= 1
+        assert not cifar10.in_official_order(*shuffled)[2]
     mean, std = data.channel_statistics(images.train_images)
     assert np.allclose(mean, CIFAR10_MEAN, atol=0.003) and np.allclose(std, CIFAR10_STD, atol=0.006)
     seconds = []
