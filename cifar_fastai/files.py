@@ -65,7 +65,7 @@ def lock_folder(folder):
     The system releases the lock when the process ends, however it ends. Raises OSError where the folder is missing or
     may not be written to.
     """
-    lock, is_free = FileLock(Path(folder) / ".lock"), True
+    lock, is_free = FileLock(Path(folder) / ".lock", fallback_to_soft=False), True
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -170,7 +170,11 @@ def _refusals(s, overrides):
         ("max_holes", s.max_holes and s.max_holes < s.n_holes, f"must be at least `n_holes` ({s.n_holes})"),
         ("nesterov", "nesterov" in overrides and nesterov and lacks_nesterov, f"needs `opt` sgd or muon, not {s.opt}"),
         ("momentum", nesterov and not (lacks_nesterov or s.momentum), "must be above 0, or `nesterov` must be no"),
-        ("mom_min", s.mom_min and s.mom_min > s.momentum, f"must not be above `momentum` ({s.momentum})"),
+        (
+            "mom_min",
+            {"mom_min", "momentum"} & {*overrides} and s.mom_min and s.mom_min > s.momentum,
+            f"must not be above `momentum` ({s.momentum})",
+        ),
     )
 
 
@@ -179,9 +183,10 @@ def _check_together(settings, overrides):
     for name in overrides:
         other, *values = OPTIONS[name].metadata.get("needs", (None,))
         state = other and getattr(settings, other)
-        if other and getattr(settings, name) not in (None, False) and not (state in values if values else state):
+        value = getattr(settings, name)
+        if other and value is not None and value is not False and not (state in values if values else state):
             needs = f"goes with `{other}` {' or '.join(values)}, not {state}" if values else f"needs `{other}`"
-            raise InputError(needs, **{name: getattr(settings, name)})
+            raise InputError(needs, **{name: value})
     for names, is_refused, message in _refusals(settings, overrides):
         if is_refused:
             raise InputError(message, **{name: getattr(settings, name) for name in names.split()})
@@ -193,9 +198,8 @@ def resolve(settings, overrides):
 
     None stands for what was not set. Raises InputError for values and combinations that no run could use.
     """
-    for name in overrides:
-        check_choice(tuple(OPTIONS), parameter=name)
-    overrides = check_values(**{name: overrides[name] for name in OPTIONS if overrides.get(name) is not None})
+    names = sorted(overrides, key=list({**OPTIONS, **overrides}).index)
+    overrides = check_values(**{name: overrides[name] for name in names if overrides[name] is not None})
     changes = dict(GIVES_WAY[name] for name in overrides if name in GIVES_WAY)
     settings = replace(settings, **changes | overrides)
     if settings.sched != "one-cycle" and "mom_min" not in overrides:
@@ -227,6 +231,8 @@ def check_values(**values):
 
     A Python user may pass numpy's numbers, paths, and booleans for yes and no.
     """
+    for name in values:
+        check_choice(tuple(OPTIONS), parameter=name)
     return {name: _check_value(name, value) for name, value in values.items()}
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import sys
+import threading
 import urllib.request
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_SPLITS = (50_000, 10_000)  # train, test
 CIFAR10, CIFAR10_JPEG, DIGITS = "CIFAR-10", "CIFAR-10 (JPEG copy)", "digits"
 CIFAR10_OTHER = "CIFAR-10 (other pixels)"
+COPIES = (CIFAR10_JPEG, CIFAR10_OTHER)
 RESERVED = (CIFAR10, CIFAR10_JPEG, CIFAR10_OTHER, DIGITS)  # no folder gives its data set such a name
 FASTAI_SOURCE = "fastai URLs.CIFAR"
 
@@ -182,10 +184,27 @@ def _fastai_copies():
         copies = [path for path in (archive, fastai_path("data") / archive.stem) if path.exists()]
         if copies:
             return copies
-        probe = urllib.request.Request(URLs.CIFAR, method="HEAD")  # fastai's download has no timeout
-        urllib.request.urlopen(probe, timeout=15).close()
+        _probe(URLs.CIFAR)  # fastai's download has no timeout
         shows_bar = sys.stdout.isatty() or in_notebook()
         with nullcontext() if shows_bar else redirect_stdout(io.StringIO()):  # the bar would flood a log
             return [untar_data(URLs.CIFAR)]
     except Exception as error:
         raise InputError(f"download of {URLs.CIFAR}: {reason(error)}") from None
+
+
+def _probe(url, seconds=15):
+    """Raise the error unless `url` answers in time. In a thread, as urllib's timeout leaves out the host's look-up."""
+    errors = [TimeoutError(f"no answer within {seconds} s")]
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            errors.clear()
+        except Exception as error:
+            errors[:] = [error]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]

@@ -188,7 +188,7 @@ def cifar_dls(
     `dls.settings` the values the loaders were made with. InputError for values out of range or too large for the data.
     """
     values = dict(bs=bs, valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip)
-    check_values(**values)
+    values = check_values(**values)
     augmentations(**augment)  # raises for wrong values before any image is loaded
     images = images if isinstance(images, ImageSet) else load_images(images)
     splits, flip = split_rows(images, valid_pct, split_seed, subset), images.flip if flip is None else flip

@@ -164,6 +164,8 @@ class Archive(Source):
                     if not info.offset_data <= end <= len(content):
                         raise EOFError("the file ends early")
                     if parts and info.isreg() and not any(map(_is_hidden, parts)):
+                        if parts in members:
+                            raise InputError(f"{printable(f'{self.path}: {info.name}')}: is in it twice; pack it again")
                         members[parts] = view[info.offset_data : end]
                 if view[tar.offset :][: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):  # where tarfile ends silently
                     raise EOFError("a damaged header, or no end marker")

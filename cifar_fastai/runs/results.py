@@ -22,7 +22,7 @@ from cifar_fastai.report.page import write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
 from cifar_fastai.training.loggers import TensorBoardLog
-from cifar_fastai.training.recorder import in_epochs
+from cifar_fastai.training.recorder import in_epochs, without_bar
 
 __all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
 
@@ -36,7 +36,7 @@ def write_results(run, command_line=None):
     `command_line`: a function of config.json's content that gives the command to repeat the run, for the page.
     """
     learn, s, folder = run.learn, run.settings, run.folder
-    with learn.no_bar():
+    with without_bar(learn):
         split, dl = reported_dl(learn.dls, s.valid_pct, s.no_test)
         print(f"\nevaluating {len(dl.dataset):,} {split} images, {N_VIEWS} views of each", flush=True)
         start = time.perf_counter()

@@ -11,6 +11,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 
 from cifar_fastai.api import ImageSet, cifar_dls, cifar_learner, load_images
+from cifar_fastai.data.images import CIFAR10
 from cifar_fastai.data.loaders import augmentations, default_bs, split_rows
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import write_json
@@ -133,7 +134,8 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     """
     config, settings, device, precision, path = _read_run(folder, device, weights)
     images = data if isinstance(data, ImageSet) else load_images(settings.data if data is None else data)
-    if images.fingerprint != config.get("data_fingerprint"):
+    is_cifar10 = images.name == config.get("data_name") == CIFAR10  # earlier runs had them in the order of their files
+    if images.fingerprint != config.get("data_fingerprint") and not is_cifar10:
         trained = f"not the images this run was trained with ({config.get('data_name')})"
         raise InputError(f"{images.source}: {trained}; say where those are with `data`")
     learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
@@ -145,6 +147,9 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
 def load_network(folder, device="auto"):
     """The learner of a finished run for other images; it does not need the run's. InputError as for `load_run`."""
     config, settings, device, precision, path = _read_run(folder, device)
+    for name in ("classes", "data_name", "data_source", "mean", "std"):
+        if not config.get(name):
+            raise InputError(f"{Path(folder) / 'config.json'}: holds no {name}")
     classes, n = tuple(config["classes"]), len(config["classes"])
     pixels, labels = np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2)
     about = dict(name=config["data_name"], source=config["data_source"], mean=config["mean"], std=config["std"])

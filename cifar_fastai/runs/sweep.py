@@ -39,7 +39,7 @@ def sweep(trials, seeds="1,2,3", valid_pct=0.1, out="sweep.csv", runs="runs/swee
             try:
                 resolve_recipe(recipe, plan[-1][-1])
             except InputError as error:
-                raise InputError(f"{label}: {error}") from None
+                raise InputError(f"{error.text} (in the line {label})", **error.arguments) from None
     out = Path(out)
     _read_rows(out)
     for label, seed, overrides in plan:
@@ -52,6 +52,8 @@ def sweep(trials, seeds="1,2,3", valid_pct=0.1, out="sweep.csv", runs="runs/swee
         epochs = read_history(folder / "history.csv")
         with FileLock(out.with_name(f".{out.name}.lock")):  # several sweeps may write to one file
             rows = _read_rows(out)
+            if ((rows["settings"] == label) & (rows["seed"] == seed)).any():
+                continue  # another process has trained it meanwhile
             seconds = round(sum(epoch["seconds"] for epoch in epochs), 1)
             rows.loc[len(rows)] = [label, seed, epochs[-1]["valid_accuracy"], seconds]
             with atomic_write(out) as file:

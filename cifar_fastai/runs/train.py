@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cifar_fastai.data.images import load_images
-from cifar_fastai.errors import InputError, RunError, reason, renamed
+from cifar_fastai.data.images import COPIES, load_images
+from cifar_fastai.errors import InputError, RunError, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
 from cifar_fastai.plots.style import save_figure
@@ -25,7 +25,7 @@ from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load
 from cifar_fastai.training.compiling import choose_compile, compile_model
 from cifar_fastai.training.loggers import TensorBoardLog
 from cifar_fastai.training.range_test import check_range, range_test
-from cifar_fastai.training.recorder import ConsoleProgress, DeviceProgress, in_epochs
+from cifar_fastai.training.recorder import ConsoleProgress, in_epochs, without_bar
 from cifar_fastai.training.schedule import fit_scheduled
 from cifar_fastai.training.signals import StopOnSignal, Stopped, catch_signals
 
@@ -61,12 +61,13 @@ def find_lr(recipe="resnet18", start_lr=1e-5, end_lr=10.0, num_it=100, out=None,
     """The range test alone, as a picture in `out` (default: lr_find.png) and as numbers: a RangeTest."""
     check_range(start_lr, end_lr, num_it)
     out = picture_path(out or "lr_find.png")
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     settings, overrides = resolve_recipe(recipe, {"lr": "find"} | overrides)
     with catch_signals():
         run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
         n_train = len(run.learn.dls.train_ds)
         print(f"{settings.model} on {run.images.name}: {num_it} steps of {run.bs} of {n_train:,} train images")
-        with _console(run.learn), run.learn.added_cbs(ConsoleProgress()):
+        with without_bar(run.learn), run.learn.added_cbs(ConsoleProgress()):
             test = range_test(run.learn, start_lr, end_lr, num_it)
     save_figure(test.plot(), out)
     for name, lr in test.suggestions.items():
@@ -102,7 +103,8 @@ def _resume_run(recipe, overrides, folder, stack):
     checkpoint = load_checkpoint(path)
     config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
     if checkpoint["recipe"] != recipe:
-        raise InputError(f"a run of recipes/{checkpoint['recipe']}.py, not of {recipe}.py", resume=str(folder))
+        name = printable(checkpoint["recipe"])
+        raise InputError(f"a run of recipes/{name}.py, not of {recipe}.py", resume=str(folder))
     try:
         settings = Settings.from_dict(config["parameters"])
     except (InputError, AttributeError, KeyError, TypeError) as error:
@@ -167,7 +169,7 @@ def _print_header(run):
     compiled = "compiled" if run.compiled else "not compiled"
     classes, parameters = len(images.classes), run.n_parameters
     print(f"{name} on {images.name}: {sizes} of {classes} classes; {parameters:,} parameters")
-    copy = " (not CIFAR-10's own pixels: not comparable with published results)" if "CIFAR-10 (" in images.name else ""
+    copy = " (not CIFAR-10's own pixels: not comparable with published results)" if images.name in COPIES else ""
     print(f"images: {images.source}{copy}")
     print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
     print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
@@ -200,7 +202,7 @@ def _train(run):
     s, learn, checkpoint = run.settings, run.learn, run.checkpoint
     if run.compiled:
         _compile(run)
-    with learn.no_logging(), _console(learn):
+    with learn.no_logging(), without_bar(learn):
         if run.lr == "find":
             _find_lr(run)
         meta = dict(config=run.config, given=run.overrides, recipe=run.recipe, fingerprint=run.images.fingerprint)
@@ -210,11 +212,6 @@ def _train(run):
         if s.tensorboard:
             cbs.append(TensorBoardLog(run.folder / "tensorboard"))
         fit_scheduled(learn, s, run.lr, cbs, start_epoch=checkpoint["epoch"] if checkpoint else 0)
-
-
-def _console(learn):
-    """Without the progress bar of notebooks, which floods a log; fastai's own `no_bar` adds another one."""
-    return learn.removed_cbs(learn._grab_cbs(DeviceProgress))
 
 
 def _is_out_of_memory(error):

@@ -22,7 +22,8 @@ from cifar_fastai.files import atomic_write, lock_folder, read_json
 from cifar_fastai.training.precision import torch_optimizer
 from cifar_fastai.training.recorder import HISTORY_COLUMNS
 
-_TYPES = dict(epoch=int, train_iter=int, finished_epochs=bool, recipe=str, fingerprint=str)
+_VERSION = 3  # of the file's content
+_TYPES = dict(version=int, epoch=int, train_iter=int, finished_epochs=bool, recipe=str, fingerprint=str)
 _TYPES |= dict.fromkeys(("model", "opt", "random", "callbacks", "config", "given"), dict)
 _TYPES |= dict.fromkeys(("rows", "lrs", "moms"), list)
 _MAX_DEPTH = 20
@@ -90,7 +91,9 @@ class Checkpoint(Callback):
             return  # an epoch that a resumed run skips
         raw = getattr(getattr(learn, "weight_average", None), "raw", None) or self.model.state_dict()
         stopped = hasattr(learn, "keep_best") and learn.keep_best.done
-        state = dict(epoch=done, finished_epochs=stopped or done == self.n_epoch, train_iter=self.train_iter)
+        state = dict(
+            version=_VERSION, epoch=done, finished_epochs=stopped or done == self.n_epoch, train_iter=self.train_iter
+        )
         state |= dict(model=dict(raw), opt=_plain(torch_optimizer(self.opt).state_dict()))
         state |= dict(random=random_states(self.dls), callbacks=self._callback_states())
         state |= dict(rows=history.rows, lrs=history.lrs, moms=history.moms)
@@ -134,7 +137,8 @@ def random_states(dls):
     states = dict(python=random.getstate(), torch=torch.get_rng_state(), loader=dls.train.rng.getstate())
     states["numpy"] = [torch.from_numpy(keys.astype(np.int64)), *map(float, rest)]
     if dls.device.type != "cpu":
-        states[dls.device.type] = torch.get_device_module(dls.device).get_rng_state(dls.device)
+        device = [dls.device] if dls.device.type == "cuda" else []  # an older torch.mps takes none
+        states[dls.device.type] = torch.get_device_module(dls.device).get_rng_state(*device)
     return states
 
 
@@ -146,7 +150,8 @@ def set_random_states(states, dls):
     torch.set_rng_state(states["torch"])
     dls.train.rng.setstate(states["loader"])
     if dls.device.type in ("cuda", "mps") and dls.device.type in states:
-        torch.get_device_module(dls.device).set_rng_state(states[dls.device.type], dls.device)
+        device = [dls.device] if dls.device.type == "cuda" else []
+        torch.get_device_module(dls.device).set_rng_state(states[dls.device.type], *device)
 
 
 def save_torch(path, value):
@@ -161,8 +166,10 @@ def _load(path, kind):
     """(value, size): what torch.save wrote to `path`, on the CPU, and the bytes of its structure without tensors."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch's are not compressed; it ignores their checksums
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-            if sum(sizes.values()) > Path(path).stat().st_size or archive.testzip() is not None:
+            entries = archive.infolist()
+            sizes = {entry.filename: entry.file_size for entry in entries}
+            too_large = len(sizes) < len(entries) or sum(sizes.values()) > Path(path).stat().st_size
+            if too_large or archive.testzip() is not None:
                 raise ValueError("compressed, overlapping, or damaged")
         size = next(size for name, size in sizes.items() if name.endswith("data.pkl"))
         return torch.load(path, map_location="cpu", weights_only=True), size
@@ -177,7 +184,7 @@ def _load(path, kind):
 def load_checkpoint(path):
     """What `Checkpoint` wrote to `path`, on the CPU; InputError for a file that is damaged or something else."""
     state, size = _load(path, "a checkpoint")
-    if not (_is_plain(state, size) and _is_checkpoint(state)):
+    if not (_is_plain(state, size) and _is_checkpoint(state) and state["version"] == _VERSION):
         raise InputError(f"{path}: not a checkpoint of cifar_fastai")
     return state
 

@@ -1,5 +1,6 @@
 """The learning-rate range test as numbers: fastai's `lr_find`, with everything put back as it was, whatever happens."""
 
+import copy
 import math
 import tempfile
 from contextlib import contextmanager, suppress
@@ -34,7 +35,7 @@ def untouched(learn):
     The learner's `model_dir` is a temporary folder in the block.
     """
     weights = {name: value.clone() for name, value in learn.model.state_dict().items()}
-    opt = None if learn.opt is None else learn.opt.state_dict()
+    opt = None if learn.opt is None else copy.deepcopy(learn.opt.state_dict())  # it holds the tensors themselves
     states, training = random_states(learn.dls), learn.model.training
     loss_func, model_dir = learn.loss_func, learn.model_dir
     try:

@@ -102,7 +102,8 @@ class DeviceRecorder(Recorder):
 
     @property
     def _train_mets(self):
-        return L() if getattr(self, "cancel_train", False) else L(self.train_loss) + self.metrics
+        metrics = self.metrics if self.train_metrics else L()
+        return L() if getattr(self, "cancel_train", False) else L(self.train_loss) + metrics
 
 
 class Bounded:
@@ -162,6 +163,11 @@ class ConsoleProgress(Callback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def without_bar(learn):
+    """A context without the learner's progress bar; fastai's own `no_bar` puts another one in its place."""
+    return learn.removed_cbs(learn._grab_cbs(ProgressCallback))
 
 
 class History(FitCallback):

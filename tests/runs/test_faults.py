@@ -1,5 +1,6 @@
 """What a run does when it is stopped, when the disk fails, when the loss or the memory run out, and beside others."""
 
+import copy
 import errno
 import os
 import random
@@ -350,7 +351,7 @@ def test_a_range_test_leaves_no_trace(tiny_images, monkeypatch, error):
 
     def state():
         plain = [learn.loss_func, learn.model_dir, learn.model.training, set(learn.cbs)]
-        tensors = [dict(learn.model.state_dict()), learn.opt.opt.state_dict(), random_states(dls)]
+        tensors = [dict(learn.model.state_dict()), copy.deepcopy(learn.opt.opt.state_dict()), random_states(dls)]
         return plain, tensors
 
     with learn.no_logging():
