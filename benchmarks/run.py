@@ -21,9 +21,17 @@ __all__ = ["run_benchmark"]
 
 
 def run_benchmark(
-    data="auto", device="auto", precision="auto", compile="auto", bs=None, minutes=15.0, steps=None, repeats=None,
-    json=None, quick=False,
-):  # fmt: skip
+    data="auto",
+    device="auto",
+    precision="auto",
+    compile="auto",
+    bs=None,
+    minutes=15.0,
+    steps=None,
+    repeats=None,
+    json=None,
+    quick=False,
+):
     """Measure epoch, input pipeline, cost per step and start, ours and others', and print one table; the results.
 
     Arguments: those of recipes/benchmark.py. Raises InputError for wrong arguments, before the measurements.
@@ -67,10 +75,19 @@ def _prepare(data, device, precision, compile, bs, minutes, steps, repeats, quic
     if images.n_train // bs < 3:
         raise InputError(f"{images.n_train} train images give fewer than 3 such batches; try a smaller one", bs=bs)
     settings = Settings(
-        images, Path(folder), device, precision, compiled, bs, repeats=repeats or (2 if quick else 5),
-        steps=steps or (2 if quick else None), seconds=60 * minutes, pipeline_seconds=0.2 if quick else 3.0,
-        cost_steps=5 if quick else 400, start_repeats=1 if quick else 3,
-    )  # fmt: skip
+        images,
+        Path(folder),
+        device,
+        precision,
+        compiled,
+        bs,
+        repeats=repeats or (2 if quick else 5),
+        steps=steps or (2 if quick else None),
+        seconds=60 * minutes,
+        pipeline_seconds=0.2 if quick else 3.0,
+        cost_steps=5 if quick else 400,
+        start_repeats=1 if quick else 3,
+    )
     machine = _machine(settings)
     header = [
         machine["hardware"]
@@ -89,9 +106,12 @@ def _machine(settings):
     if settings.device.type != "cpu":
         hardware = f"{hardware_name(settings.device)}; {hardware}"
     return dict(
-        hardware=f"{hardware}, {os.cpu_count()} cores", device=str(settings.device), threads=torch.get_num_threads(),
-        cores=os.cpu_count(), versions=versions(),
-    )  # fmt: skip
+        hardware=f"{hardware}, {os.cpu_count()} cores",
+        device=str(settings.device),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        versions=versions(),
+    )
 
 
 def _as_dict(settings, quick):

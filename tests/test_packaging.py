@@ -40,8 +40,12 @@ def test_the_star_import_hides_no_name_of_fastais():
     import cifar_fastai.all as ours
 
     assert set(cifar_fastai.__all__) - {name for name in vars(ours) if not name.startswith("_")} == {
-        "RandomCrop", "resnet18", "resnet34", "test_dl", "write_report"
-    }  # fmt: skip
+        "RandomCrop",
+        "resnet18",
+        "resnet34",
+        "test_dl",
+        "write_report",
+    }
     for name in (name for name in vars(ours) if not name.startswith("_")):
         assert getattr(theirs, name, None) in (None, getattr(ours, name)), name
 

@@ -23,9 +23,21 @@ from cifar_fastai.training.checkpoint import load_checkpoint
 from cifar_fastai.training.signals import Stopped
 
 TINY = Settings(
-    epochs=3, bs=8, lr=0.15, nesterov="yes", wd=5e-4, wd_bn_bias="no", sched="one-cycle", pct_start=0.25, div_final=1e5,
-    padding=4, cutout=8, flip=None, device="cpu", compile="no",
-)  # fmt: skip
+    epochs=3,
+    bs=8,
+    lr=0.15,
+    nesterov="yes",
+    wd=5e-4,
+    wd_bn_bias="no",
+    sched="one-cycle",
+    pct_start=0.25,
+    div_final=1e5,
+    padding=4,
+    cutout=8,
+    flip=None,
+    device="cpu",
+    compile="no",
+)
 PICTURES = "curves schedule augmentations class_accuracy confusion_matrix top_losses misclassified gradcam".split()
 TEXTS = "config.json history.csv metrics.json predictions.csv model.pth learner.pkl summary.txt report.html".split()
 FILES = {*TEXTS, *(f"{name}.png" for name in PICTURES)}  # of a finished run

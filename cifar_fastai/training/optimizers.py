@@ -10,8 +10,8 @@ from torch import optim
 from cifar_fastai.settings import NESTEROV_OPTIMIZERS, check_values
 from cifar_fastai.training.muon import Muon
 
-_TORCH = dict(sgd=optim.SGD, adam=optim.Adam, adamw=optim.AdamW, radam=optim.RAdam, nadam=optim.NAdam,
-              rmsprop=optim.RMSprop, muon=Muon)  # fmt: skip
+_TORCH = dict(sgd=optim.SGD, adam=optim.Adam, adamw=optim.AdamW, radam=optim.RAdam)
+_TORCH |= dict(nadam=optim.NAdam, rmsprop=optim.RMSprop, muon=Muon)
 _FASTAI = dict(qhadam="QHAdam", larc="Larc", lamb="Lamb", ranger="ranger")
 
 

@@ -26,10 +26,15 @@ def python2_batch(pixels, labels):
     data = pixels.tobytes()
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85" + string(b"b") + b"\x87R"
-        b"(K\x01M" + struct.pack("<H", len(pixels)) + b"M\x00\x0c\x86cnumpy\ndtype\nq\x03" + string(b"u1")
-        + b"K\x00K\x01\x87R(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"(K\x01M"
+        + struct.pack("<H", len(pixels))
+        + b"M\x00\x0c\x86cnumpy\ndtype\nq\x03"
+        + string(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + string(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
         b"\x89T" + struct.pack("<i", len(data)) + data + b"tb"
-    )  # fmt: skip
+    )
     numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
     return b"\x80\x02}q\x00(" + string(b"data") + array + string(b"labels") + numbers + b"u."
 
@@ -120,9 +125,24 @@ STRANGE = {
     "doubled by DUP": b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
     "doubled behind a pop": doubled_tuples(60, before=b"X\0\0\0\x000"),
     "strings": string_many_times(2000),
-    **{str(content): content for content in [b"", b".", b"\x80\x02", b"\x80\x02}", b"N}b.", b"]]b.", b"\x85.", b"e.",
-       b"(cnumpy\nndarray\n(tR.", b"cnumpy\nndarray\nN}b.", b"}(K\x01u.", b"h\x05."]},
-}  # fmt: skip
+    **{
+        str(content): content
+        for content in [
+            b"",
+            b".",
+            b"\x80\x02",
+            b"\x80\x02}",
+            b"N}b.",
+            b"]]b.",
+            b"\x85.",
+            b"e.",
+            b"(cnumpy\nndarray\n(tR.",
+            b"cnumpy\nndarray\nN}b.",
+            b"}(K\x01u.",
+            b"h\x05.",
+        ]
+    },
+}
 
 
 @pytest.mark.parametrize("case", STRANGE)

@@ -65,9 +65,16 @@ def assert_goes_on(recipes, out, *more):
 
 @pytest.mark.parametrize(
     "at, epoch",
-    [("step 8 INT", 1), ("validate 2 TERM", 1), ("history 2 INT", 2), ("writing 2 INT", 2), ("writing 3 TERM", 3),
-     ("results 1 INT", 3), ("metrics 1 TERM", 3)],
-)  # fmt: skip
+    [
+        ("step 8 INT", 1),
+        ("validate 2 TERM", 1),
+        ("history 2 INT", 2),
+        ("writing 2 INT", 2),
+        ("writing 3 TERM", 3),
+        ("results 1 INT", 3),
+        ("metrics 1 TERM", 3),
+    ],
+)
 def test_a_signal_ends_the_step_and_tells_how_to_go_on(recipes, tmp_path, at, epoch):
     out = tmp_path / "run"
     process = recipes.train(out, at=at)

@@ -232,9 +232,19 @@ def test_tensorboard_counts_on(tiny, tmp_path, epochs, bs, n_steps):
 
 @pytest.mark.parametrize(
     "point",
-    ["step 7", "step 12", "validate 2", "history 2", "checkpoint 2", "writing 2", "writing 3", "results 1", "export 1",
-     "metrics 1"],
-)  # fmt: skip
+    [
+        "step 7",
+        "step 12",
+        "validate 2",
+        "history 2",
+        "checkpoint 2",
+        "writing 2",
+        "writing 3",
+        "results 1",
+        "export 1",
+        "metrics 1",
+    ],
+)
 def test_killed_and_resumed(recipes, tmp_path, point):
     out = tmp_path / "run"
     assert recipes.train(out, at=f"{point} KILL").code == -signal.SIGKILL

@@ -46,19 +46,26 @@ def cos(start, end, part):
 CYCLE = dict(sched="one-cycle", peak_epoch=1.0, div=8.0, div_final=80.0, mom_min=0.8)
 LAST = 15 / 16  # of the way down from step 4: the run ends with the step
 BY_HAND = [
-    (CYCLE | dict(anneal="cos"),
-     {0: 0.1, 2: 0.45, 4: 0.8, 8: cos(0.8, 0.01, 1 / 4), 12: 0.405, 19: cos(0.8, 0.01, LAST)},
-     {0: 0.9, 2: 0.85, 4: 0.8, 8: cos(0.8, 0.9, 1 / 4), 12: 0.85, 19: cos(0.8, 0.9, LAST)}),
-    (CYCLE | dict(anneal="linear"),
-     {0: 0.1, 1: 0.275, 2: 0.45, 3: 0.625, 4: 0.8, 8: 0.6025, 12: 0.405, 19: 0.059375},
-     {0: 0.9, 1: 0.875, 2: 0.85, 4: 0.8, 8: 0.825, 12: 0.85, 19: 0.89375}),
+    (
+        CYCLE | dict(anneal="cos"),
+        {0: 0.1, 2: 0.45, 4: 0.8, 8: cos(0.8, 0.01, 1 / 4), 12: 0.405, 19: cos(0.8, 0.01, LAST)},
+        {0: 0.9, 2: 0.85, 4: 0.8, 8: cos(0.8, 0.9, 1 / 4), 12: 0.85, 19: cos(0.8, 0.9, LAST)},
+    ),
+    (
+        CYCLE | dict(anneal="linear"),
+        {0: 0.1, 1: 0.275, 2: 0.45, 3: 0.625, 4: 0.8, 8: 0.6025, 12: 0.405, 19: 0.059375},
+        {0: 0.9, 1: 0.875, 2: 0.85, 4: 0.8, 8: 0.825, 12: 0.85, 19: 0.89375},
+    ),
     (CYCLE | dict(mom_min=None, div_final=8.0, anneal="linear"), {0: 0.1, 4: 0.8, 19: 0.8 - LAST * 0.7}, 0.9),
     (CYCLE | dict(mom_min=None, div_final=8.0), {0: 0.1, 4: 0.8, 19: cos(0.8, 0.1, LAST)}, 0.9),
-    (dict(sched="flat-cos", pct_start=0.5, div_final=8.0),
-     dict.fromkeys(range(11), 0.8) | {12: cos(0.8, 0.1, 0.2), 15: 0.45, 19: cos(0.8, 0.1, 0.9)}, 0.9),
+    (
+        dict(sched="flat-cos", pct_start=0.5, div_final=8.0),
+        dict.fromkeys(range(11), 0.8) | {12: cos(0.8, 0.1, 0.2), 15: 0.45, 19: cos(0.8, 0.1, 0.9)},
+        0.9,
+    ),
     (dict(sched="step", step_size=2, gamma=0.5), dict(enumerate([0.8] * 8 + [0.4] * 8 + [0.2] * 4)), 0.9),
     (dict(sched="none"), dict.fromkeys(range(20), 0.8), 0.9),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("values, lrs, moms", BY_HAND)
