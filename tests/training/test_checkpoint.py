@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_net import TinyNet
+from tiny_runs import same
 
 import cifar_fastai
 from cifar_fastai.data.loaders import cifar_dls
@@ -73,17 +74,6 @@ def written(tiny_images, tmp_path):
             train(tiny_images, tmp_path / "checkpoint.pth", Interrupt())
         _cache.append((tmp_path / "checkpoint.pth").read_bytes())
     return _cache[0]
-
-
-def same(one, other):
-    """Whether two nests of dicts, lists, tensors and plain values are equal, tensors by torch.equal."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return type(one) is type(other) and one == other
 
 
 @pytest.fixture
