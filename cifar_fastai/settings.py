@@ -198,8 +198,8 @@ def resolve(settings, overrides):
 
     None stands for what was not set. Raises InputError for values and combinations that no run could use.
     """
-    names = sorted(overrides, key=list({**OPTIONS, **overrides}).index)
-    overrides = check_values(**{name: overrides[name] for name in names if overrides[name] is not None})
+    ordered = {name: overrides[name] for name in [*OPTIONS, *overrides] if overrides.get(name) is not None}
+    overrides = check_values(**ordered)
     changes = dict(GIVES_WAY[name] for name in overrides if name in GIVES_WAY)
     settings = replace(settings, **changes | overrides)
     if settings.sched != "one-cycle" and "mom_min" not in overrides:
