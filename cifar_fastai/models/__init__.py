@@ -9,6 +9,6 @@ __all__ = ["CustomResNet", "ResNet", "create_model", "custom_resnet", "resnet18"
 _FACTORIES = {"resnet18": resnet18, "resnet34": resnet34, "custom_resnet": custom_resnet}
 
 
-def create_model(model, n_classes=10):
-    """A new network with random weights by name. Raises InputError with near names for an unknown one."""
-    return _FACTORIES[check_choice(tuple(_FACTORIES), model=model)](n_classes)
+def create_model(model, n_classes=10, width=64):
+    """A new network by name, with random weights. `width`: channels of its first convolution. InputError for others."""
+    return _FACTORIES[check_choice(tuple(_FACTORIES), model=model)](n_classes, width)

@@ -17,19 +17,19 @@ class Residual(nn.Module):
 
 
 class CustomResNet(nn.Module):
-    """Images (B, 3, 32, 32) -> logits (B, n_classes); the loss takes the softmax."""
+    """Images (B, 3, 32, 32) -> logits (B, n_classes); the stages have w, 2w, 4w and 8w channels, w = `width`."""
 
-    def __init__(self, n_classes=10):
+    def __init__(self, n_classes=10, width=64):
         super().__init__()
-        self.prep = nn.Sequential(*_conv_bn_relu(3, 64))
-        self.layer1 = nn.Sequential(*_conv_pool(64, 128), Residual(128))
-        self.layer2 = nn.Sequential(*_conv_pool(128, 256))
-        self.layer3 = nn.Sequential(*_conv_pool(256, 512), Residual(512))
+        self.prep = nn.Sequential(*_conv_bn_relu(3, width))
+        self.layer1 = nn.Sequential(*_conv_pool(width, 2 * width), Residual(2 * width))
+        self.layer2 = nn.Sequential(*_conv_pool(2 * width, 4 * width))
+        self.layer3 = nn.Sequential(*_conv_pool(4 * width, 8 * width), Residual(8 * width))
         self.pool = nn.MaxPool2d(4)
-        self.linear = nn.Linear(512, n_classes)
+        self.linear = nn.Linear(8 * width, n_classes)
 
     def forward(self, x):
-        x = self.prep(x)  # (B, 64, 32, 32)
+        x = self.prep(x)  # (B, 64, 32, 32), at width 64
         x = self.layer1(x)  # (B, 128, 16, 16)
         x = self.layer2(x)  # (B, 256, 8, 8)
         x = self.layer3(x)  # (B, 512, 4, 4)
@@ -45,6 +45,6 @@ def _conv_pool(n_in, n_out):
     return nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(n_out), nn.ReLU()
 
 
-def custom_resnet(n_classes=10):
-    """The custom ResNet, 6,573,130 parameters for ten classes."""
-    return CustomResNet(n_classes)
+def custom_resnet(n_classes=10, width=64):
+    """The custom ResNet: 6,573,130 parameters for ten classes."""
+    return CustomResNet(n_classes, width)

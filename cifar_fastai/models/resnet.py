@@ -29,20 +29,23 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (B, 3, H, W), 32x32 as a rule -> logits (B, n_classes). `n_blocks`: blocks in each of the four stages."""
+    """Images (B, 3, H, W), 32x32 as a rule -> logits (B, n_classes).
 
-    def __init__(self, n_blocks, n_classes=10):
+    `n_blocks`: blocks in each of the four stages, which have w, 2w, 4w and 8w channels, w = `width`.
+    """
+
+    def __init__(self, n_blocks, n_classes=10, width=64):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _stage(64, 64, n_blocks[0], stride=1)
-        self.layer2 = _stage(64, 128, n_blocks[1], stride=2)
-        self.layer3 = _stage(128, 256, n_blocks[2], stride=2)
-        self.layer4 = _stage(256, 512, n_blocks[3], stride=2)
-        self.linear = nn.Linear(512, n_classes)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, n_blocks[0], stride=1)
+        self.layer2 = _stage(width, 2 * width, n_blocks[1], stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, n_blocks[2], stride=2)
+        self.layer4 = _stage(4 * width, 8 * width, n_blocks[3], stride=2)
+        self.linear = nn.Linear(8 * width, n_classes)
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))  # (B, 64, 32, 32)
+        x = F.relu(self.bn1(self.conv1(x)))  # (B, 64, 32, 32), at width 64
         x = self.layer1(x)  # (B, 64, 32, 32)
         x = self.layer2(x)  # (B, 128, 16, 16)
         x = self.layer3(x)  # (B, 256, 8, 8)
@@ -56,11 +59,11 @@ def _stage(n_in, n_out, n_blocks, stride):
     return nn.Sequential(first, *(BasicBlock(n_out, n_out) for _ in range(n_blocks - 1)))
 
 
-def resnet18(n_classes=10):
-    """ResNet18, 11,173,962 parameters for ten classes."""
-    return ResNet((2, 2, 2, 2), n_classes)
+def resnet18(n_classes=10, width=64):
+    """ResNet18: 11,173,962 parameters for ten classes; 0.7 million at width 16."""
+    return ResNet((2, 2, 2, 2), n_classes, width)
 
 
-def resnet34(n_classes=10):
+def resnet34(n_classes=10, width=64):
     """ResNet34, 21,282,122 parameters for ten classes."""
-    return ResNet((3, 4, 6, 3), n_classes)
+    return ResNet((3, 4, 6, 3), n_classes, width)

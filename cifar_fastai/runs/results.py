@@ -68,7 +68,7 @@ def write_results(run, command_line=None):
 def _metrics(run, plain, flip, shift, split):
     """The content of metrics.json."""
     rows, config, s = run.history.rows, run.config, run.settings
-    metrics = dict(dataset=run.images.name, model=s.model, parameters=run.n_parameters, epochs=len(rows))
+    metrics = dict(dataset=run.images.name, model=s.network, parameters=run.n_parameters, epochs=len(rows))
     metrics |= {"seed": s.seed} | {name: config[name] for name in ("device", "hardware", "precision", "eval_split")}
     metrics |= {name: rows[-1][name] for name in ("train_accuracy", "valid_accuracy", "valid_loss")}
     metrics |= dict(test_accuracy=plain.accuracy if split == "test" else None, tta_accuracy=flip.accuracy)

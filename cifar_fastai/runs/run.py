@@ -116,7 +116,7 @@ def build_run(recipe, settings, overrides, images, device, precision, precision_
     augment = {name: getattr(s, name) for name in _AUGMENT}
     dls = cifar_dls(images, bs, s.valid_pct, s.split_seed, s.subset, flip, device, **augment)
     options = {name: getattr(s, name) for name in _OPTIMIZATION} | {"lr": 0.1 if lr == "find" else lr}
-    learn = cifar_learner(dls, s.model, precision=precision, cbs=_callbacks(s), **options)
+    learn = cifar_learner(dls, s.model, width=s.width, precision=precision, cbs=_callbacks(s), **options)
     learn.recorder.train_metrics = not (s.mixup or s.cutmix)  # a mixed image has two right classes
     return Run(recipe, s, overrides, images, learn, bs, lr, flip, precision, precision_reason)
 
@@ -154,7 +154,8 @@ def load_network(folder, device="auto"):
     pixels, labels = np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2)
     about = dict(name=config["data_name"], source=config["data_source"], mean=config["mean"], std=config["std"])
     black = ImageSet(classes=classes, images=pixels, labels=labels, n_train=n, **about)
-    learn = cifar_learner(cifar_dls(black, bs=1, device=device), settings.model, precision=precision)
+    dls = cifar_dls(black, bs=1, device=device)
+    learn = cifar_learner(dls, settings.model, width=settings.width, precision=precision)
     load_weights(learn.model, path)
     return learn
 

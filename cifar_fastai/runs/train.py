@@ -66,7 +66,7 @@ def find_lr(recipe="resnet18", start_lr=1e-5, end_lr=10.0, num_it=100, out=None,
     with catch_signals():
         run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
         n_train = len(run.learn.dls.train_ds)
-        print(f"{settings.model} on {run.images.name}: {num_it} steps of {run.bs} of {n_train:,} train images")
+        print(f"{settings.network} on {run.images.name}: {num_it} steps of {run.bs} of {n_train:,} train images")
         with without_bar(run.learn), run.learn.added_cbs(ConsoleProgress()):
             test = range_test(run.learn, start_lr, end_lr, num_it)
     save_figure(test.plot(), out)
@@ -162,7 +162,7 @@ def _prepare_run(recipe, settings, overrides, device, precision=None, fingerprin
 
 def _print_header(run):
     s, dls, images = run.settings, run.learn.dls, run.images
-    name = f"{s.model} (preset {s.preset})" if s.preset else s.model
+    name = f"{s.network} (preset {s.preset})" if s.preset else s.network
     sizes = f"{len(dls.train_ds):,} train and {len(dls.valid_ds):,} {run.eval_split} images"
     lowered = f" ({s.lr:g} lowered with the batch size, {run.bs} of {s.bs})" if run.lr != s.lr != "find" else ""
     lr = "from a range test" if run.lr == "find" else f"{run.lr:g}{lowered}"

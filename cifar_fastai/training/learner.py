@@ -65,6 +65,7 @@ def cifar_learner(
     dls,
     model="resnet18",
     *,
+    width=64,
     opt="sgd",
     lr=0.1,
     momentum=0.9,
@@ -81,17 +82,18 @@ def cifar_learner(
     """A fastai `Learner` for `dls` (from `cifar_dls`) around `model`, a name or an nn.Module giving logits (B, C).
 
     `learn.lr_find()`, `learn.fit_one_cycle(20, lr)`, `learn.show_results()`, `ClassificationInterpretation` and the
-    rest of fastai work on it. `lr`, `momentum` (falling to `mom_min` at the peak of a cycle, unless None) and `wd` are
-    the defaults of its fits. Precision: `choose_precision`. `kwargs` go to `Learner` and replace what is set here
-    (`loss_func`, `metrics`, `opt_func`, `splitter`, `moms`); all groups of your own `splitter` decay. With
-    `default_cbs=True` fastai's recorder and progress bar replace those here. InputError for wrong names and values.
+    rest of fastai work on it. `width`: channels of a named network's first convolution. `lr`, `momentum` (falling to
+    `mom_min` at the peak of a cycle, unless None) and `wd` are the defaults of its fits. Precision: `choose_precision`.
+    `kwargs` go to `Learner` and replace what is set here (`loss_func`, `metrics`, `opt_func`, `splitter`, `moms`); all
+    groups of your own `splitter` decay. With `default_cbs=True` fastai's recorder and progress bar replace those here.
+    Raises InputError for wrong names and values.
     """
     options = dict(opt=opt, momentum=momentum, nesterov=nesterov, wd_bn_bias=wd_bn_bias)
-    values = options | dict(mom_min=mom_min, wd=wd, label_smoothing=label_smoothing)
+    values = options | dict(width=width, mom_min=mom_min, wd=wd, label_smoothing=label_smoothing)
     values = check_values(**values, **({} if isinstance(lr, slice) else {"lr": lr}))
     device = torch.device(dls.device)  # a DataBlock takes its name as well
     precision, _ = choose_precision(precision, device)
-    net = model if isinstance(model, nn.Module) else create_model(model, len(dls.vocab))
+    net = model if isinstance(model, nn.Module) else create_model(model, len(dls.vocab), width)
     net = net.to(device, memory_format=torch.channels_last) if channels_last else net.to(device)
     if "splitter" in kwargs:
         options["wd_bn_bias"] = True

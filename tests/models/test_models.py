@@ -26,6 +26,16 @@ def test_number_of_parameters_and_outputs(factory, n_parameters, n_classes):
     assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, n_classes)
 
 
+@pytest.mark.parametrize("name, n_parameters", [("resnet18", 701_466), ("resnet34", 1_334_618)])
+def test_width_16_has_a_quarter_of_the_channels(name, n_parameters):
+    """By hand: a sixteenth of the weights between channels, a quarter of all others but the last biases."""
+    model, full = on_paper(create_model, name, 10, 16), on_paper(create_model, name)
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+    for one, other in zip(model.parameters(), full.parameters(), strict=True):
+        assert [4 * n if n not in (1, 3, 10) else n for n in one.shape] == list(other.shape)
+    assert sum(p.numel() for p in model.parameters()) == n_parameters
+
+
 def test_names_of_resnet18_are_those_of_pytorch_cifar():
     def conv_bn(conv, bn):
         bn_names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"

@@ -11,6 +11,7 @@ from cifar_fastai import load_run
 from cifar_fastai.errors import InputError, RunError
 from cifar_fastai.files import read_json, write_json
 from cifar_fastai.runs import train as module
+from cifar_fastai.runs.run import load_network
 from cifar_fastai.runs.train import find_lr
 from cifar_fastai.training.range_test import RangeTest
 
@@ -54,6 +55,14 @@ def test_zero_paths_and_numpys_numbers_are_taken(tiny, tiny_folder, tmp_path):
     assert config["given"] == overrides | dict(data=str(tiny_folder), out=str(tmp_path / "run"), lr=0.1, bs=8)
     assert config["given"]["no_test"] is False is config["parameters"]["no_test"]
     tiny.resume(tmp_path / "run", **overrides | dict(resume=tmp_path / "run"))
+
+
+def test_a_narrow_network_is_named_and_loaded(tiny, tmp_path):
+    """At 2 channels instead of 64."""
+    run = tiny.train(tmp_path / "run", epochs=1, model="resnet34", width=2)
+    assert metrics(run.folder)["model"] == "resnet34, width 2" and metrics(run.folder)["parameters"] < 30_000
+    for learn in load_run(run.folder, device="cpu")[0], load_network(run.folder, device="cpu"):
+        assert same(dict(learn.model.state_dict()), dict(run.learn.model.state_dict()))
 
 
 # Loading a run --------------------------------------------------------------------------------------------------------
