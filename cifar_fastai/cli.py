@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -210,5 +211,14 @@ def _as_word(value):
 def _resume_hint(error):
     """How to go on after an error that carries `resume`: the folder of its run, or words."""
     resume = getattr(error, "resume", None)
-    command = shlex.join(["python", sys.argv[0], flag("resume"), str(resume)]) if isinstance(resume, Path) else resume
+    words = [_interpreter(), sys.argv[0], flag("resume"), str(resume)]
+    command = shlex.join(words) if isinstance(resume, Path) else resume
     return f"; go on with: {command}" if resume else ""
+
+
+def _interpreter():
+    """The running Python as a user here would call it: by name where the shell finds it, else by a relative path."""
+    path = Path(sys.executable or "python")
+    if shutil.which(path.name) == str(path):
+        return path.name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -124,6 +124,8 @@ class Settings:
     compile: str = option("auto", "torch.compile; on a CPU in fp32 with Winograd", choices=("auto", *YES_NO))
     out: str | None = option(None, "The run's folder (default: runs/<recipe>-<date>-<time>)", identity=False)
     tensorboard: bool = option(False, "Write TensorBoard logs into the run's folder")
+    no_tta: bool = option(False, "Evaluate without test-time augmentation, six times as fast")
+    no_explain: bool = option(False, "No heatmaps: neither gradcam.png nor the explorer of the errors in report.html")
 
     @classmethod
     def from_dict(cls, values):

@@ -18,6 +18,7 @@ from torch import nn
 
 from cifar_fastai.errors import InputError, check_choice, reason
 from cifar_fastai.settings import choices
+from cifar_fastai.training.recorder import console_bar
 
 METHODS = {name: name.replace("++", "PlusPlus") for name in choices("cam_method")}  # to the library's class names
 PER_CHANNEL = ("ScoreCAM", "AblationCAM")  # a forward pass for every channel of the layer, hundreds for an image
@@ -66,7 +67,7 @@ def gradcam(learn, x, target="predicted", layer=None, method="GradCAM", bs=64):
         bs = min(bs, 8) if method in PER_CHANNEL else bs  # these hold a batch for each channel
         cam, device = _build_cam(model, layer, method), next(model.parameters()).device
         parts = [(np.zeros((0, *sizes[layer]), np.float32), np.zeros(0, bool), np.zeros(0, np.int64))]
-        for start in range(0, len(x), bs):
+        for start in console_bar("explaining", range(0, len(x), bs), delay=1):
             ids = None if targets is None else targets[start : start + bs]
             try:
                 cam(x[start : start + bs].float().to(device), None if ids is None else [*map(itemgetter, ids)])

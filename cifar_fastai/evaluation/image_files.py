@@ -80,6 +80,11 @@ def predict_files(learn, files):
     if not files:
         raise InputError("no image files; name at least one", files=files)
     images, notes = zip(*(load_image(file) for file in files), strict=True)
-    probs, _ = learn.get_preds(dl=_image_dl(learn, images), act=activation(learn))  # (N, C)
-    probs, classes = probs.float().cpu().as_subclass(torch.Tensor).numpy(), tuple(map(str, learn.dls.vocab))
+    probs, classes = class_probs(learn, images), tuple(map(str, learn.dls.vocab))
     return [ImagePrediction(*row, classes, note) for *row, note in zip(files, images, probs, notes, strict=True)]
+
+
+def class_probs(learn, images):
+    """The probability of each class for images uint8 (N, H, W, 3): float32 (N, C)."""
+    probs, _ = learn.get_preds(dl=_image_dl(learn, images), act=activation(learn))
+    return probs.float().cpu().as_subclass(torch.Tensor).numpy()

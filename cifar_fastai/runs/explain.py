@@ -8,8 +8,8 @@ from fastcore.basics import listify
 from cifar_fastai.data.loaders import reported_dl
 from cifar_fastai.errors import InputError, printable, renamed
 from cifar_fastai.evaluation.gradcam import gradcam
-from cifar_fastai.evaluation.image_files import image_batch, predict_files
-from cifar_fastai.evaluation.predictions import predict
+from cifar_fastai.evaluation.image_files import class_probs, image_batch, predict_files
+from cifar_fastai.evaluation.predictions import Predictions, images_at
 from cifar_fastai.plots.galleries import plot_gradcam
 from cifar_fastai.plots.style import save_figure
 from cifar_fastai.runs.folder import picture_path, read_config
@@ -57,7 +57,8 @@ def explain_run(
             figure = explain_files(learn, images, layers, method, target, alpha)
         else:
             split, dl = reported_dl(learn.dls, settings.get("valid_pct"), settings.get("no_test"))
-            figure = _explain_errors(learn, split, dl, n, layers, method, target, alpha)
+            predictions = Predictions.from_csv(Path(run) / "predictions.csv", tuple(map(str, learn.dls.vocab)))
+            figure = _explain_errors(learn, split, dl, predictions, n, layers, method, target, alpha)
     save_figure(figure, out)
     print(f"picture: {out}")
     return out
@@ -82,14 +83,14 @@ def explain_files(learn, files, layer=None, method="GradCAM", target="predicted"
     return plot_gradcam(images, heatmaps, [None] * len(images), predicted, confidence, alpha, classes=classes)
 
 
-def _explain_errors(learn, split, dl, n, layers, method, target, alpha):
+def _explain_errors(learn, split, dl, predictions, n, layers, method, target, alpha):
     """A Figure of heatmaps for the `n` misclassified images of the highest losses; prints their table."""
-    predictions = predict(learn, dl)
     positions = predictions.misclassified(n)
     print(f"{len(predictions.errors):,} of {len(predictions):,} {split} images are misclassified; the worst by loss:")
     width = max(len(printable(name)) for name in predictions.classes)
-    for position, name in zip(positions, predictions.names_at(positions)[0], strict=True):
-        top3 = _top3(predictions.probs[position], predictions.classes)
+    probs = class_probs(learn, images_at(dl, positions)[1]) if len(positions) else ()
+    for position, name, row in zip(positions, predictions.names_at(positions)[0], probs, strict=True):
+        top3 = _top3(row, predictions.classes)
         print(f"{predictions.indices[position]:>6}  true {printable(name):<{width}}  {top3}")
     return learn.plot_gradcam(n, layers, method, target, alpha, dl=dl, preds=predictions)
 

@@ -14,6 +14,7 @@ from cifar_fastai.api import gradcam, predict
 from cifar_fastai.data.loaders import reported_dl
 from cifar_fastai.evaluation.gradcam import PER_CHANNEL, default_layer
 from cifar_fastai.evaluation.predictions import images_at
+from cifar_fastai.evaluation.tta import TTA
 from cifar_fastai.files import atomic_write, write_json
 from cifar_fastai.plots.charts import plot_confusion_matrix
 from cifar_fastai.plots.galleries import plot_tiles
@@ -22,11 +23,10 @@ from cifar_fastai.report.page import write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
 from cifar_fastai.training.loggers import TensorBoardLog
-from cifar_fastai.training.recorder import in_epochs, without_bar
+from cifar_fastai.training.recorder import ConsoleProgress, console_bar, in_epochs, without_bar
 
 __all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
 
-N_VIEWS = 6  # passes of the network for plain, flip and shift: the image, its mirror image, both moved two ways
 MAX_TILES = 4000  # errors that are explained; the page keeps the worst of them, up to its size limit
 
 
@@ -38,41 +38,46 @@ def write_results(run, command_line=None):
     learn, s, folder = run.learn, run.settings, run.folder
     with without_bar(learn):
         split, dl = reported_dl(learn.dls, s.valid_pct, s.no_test)
-        print(f"\nevaluating {len(dl.dataset):,} {split} images, {N_VIEWS} views of each", flush=True)
-        start = time.perf_counter()
-        plain, flip, shift = predict(learn, dl, tta=(None, "flip", "shift"))
-        one_pass = (time.perf_counter() - start) / N_VIEWS
+        views = "" if s.no_tta else f", {len(TTA['shift'])} views of each"
+        print(f"\nevaluating {len(dl.dataset):,} {split} images{views}", flush=True)
+        with learn.added_cbs(ConsoleProgress()):
+            plain, *tta = predict(learn, dl, (None,) if s.no_tta else (None, "flip", "shift"))
         plain.to_csv(folder / "predictions.csv")
         save_torch(folder / "model.pth", learn.model.state_dict())
         export(learn, folder / "learner.pkl")
-        print(f"drawing, and explaining {min(len(plain.errors), MAX_TILES):,} errors", flush=True)
+        errors = "" if s.no_explain else f", and explaining {min(len(plain.errors), MAX_TILES):,} errors"
+        print(f"drawing{errors}", flush=True)
         start = time.perf_counter()
         pictures = _draw(run, plain, dl, split)
-        tiles = error_tiles(learn, dl, plain, s)
-        for name, figure in pictures.items():
+        tiles = None if s.no_explain else error_tiles(learn, dl, plain, s)
+        for name, figure in console_bar("drawing", pictures.items()):
             save_figure(figure, folder / f"{name}.png")
+        metrics = _metrics(run, plain, tta, split)
         if s.tensorboard:
-            TensorBoardLog(folder / "tensorboard").add_pictures(pictures)
+            TensorBoardLog(folder / "tensorboard").add_results(metrics, pictures, len(run.history.lrs))
         with atomic_write(folder / "summary.txt") as file:
             file.write(network_table(learn) + "\n")
-        metrics = _metrics(run, plain, flip, shift, split)
         write_json(folder / "metrics.json", metrics)
         write_report(folder, tiles, command_line and command_line(run.config))
         seconds = time.perf_counter() - start
     _print_results(run, metrics, plain, split)
-    errors = f"{len(tiles.indices):,} of {len(plain.errors):,} errors"
-    print(f"explained {errors} in {seconds:.0f} s, {seconds / one_pass:.1f} times one pass over the {split} images")
+    if tiles is not None:
+        print(f"explained {len(tiles.indices):,} of {len(plain.errors):,} errors in {seconds:.0f} s")
     print(f"all of it on one page: {folder / 'report.html'}", flush=True)
 
 
-def _metrics(run, plain, flip, shift, split):
+def _metrics(run, plain, tta, split):
     """The content of metrics.json."""
     rows, config, s = run.history.rows, run.config, run.settings
     metrics = dict(dataset=run.images.name, model=s.network, parameters=run.n_parameters, epochs=len(rows))
     metrics |= {"seed": s.seed} | {name: config[name] for name in ("device", "hardware", "precision", "eval_split")}
     metrics |= {name: rows[-1][name] for name in ("train_accuracy", "valid_accuracy", "valid_loss")}
-    metrics |= dict(test_accuracy=plain.accuracy if split == "test" else None, tta_accuracy=flip.accuracy)
-    metrics |= dict(tta_shift_accuracy=shift.accuracy, class_accuracy=plain.class_accuracy)
+    if s.save_best:
+        best = max(rows, key=lambda row: row["valid_accuracy"])  # the first of equal ones, as `KeepBest`
+        metrics |= dict(best_epoch=best["epoch"], best_valid_accuracy=best["valid_accuracy"])
+    flip, shift = (predictions.accuracy for predictions in tta) if tta else (None, None)
+    metrics |= dict(test_accuracy=plain.accuracy if split == "test" else None, tta_accuracy=flip)
+    metrics |= dict(tta_shift_accuracy=shift, class_accuracy=plain.class_accuracy)
     metrics["images_per_second"] = float(np.median([row["images_per_second"] for row in rows]))
     return metrics | {"seconds": sum(row["seconds"] for row in rows)}
 
@@ -82,9 +87,15 @@ def _print_results(run, metrics, plain, split):
     for name, accuracy in plain.class_accuracy.items():
         print(f"  {name:<16} {'no images' if accuracy is None else f'{accuracy:>7.2%}'}")
     print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {in_epochs(metrics['epochs'])})")
-    note = "" if run.images.flip else " (their mirror images mean something else)"
-    print(f"with flip TTA {metrics['tta_accuracy']:.2%}{note}")
-    print(f"with flip and shift TTA {metrics['tta_shift_accuracy']:.2%}")
+    if metrics["tta_accuracy"] is not None:
+        note = "" if run.images.flip else " (their mirror images mean something else)"
+        print(f"with flip TTA {metrics['tta_accuracy']:.2%}{note}")
+        print(f"with flip and shift TTA {metrics['tta_shift_accuracy']:.2%}")
+    if "best_epoch" in metrics:
+        print(
+            f"best.pth: epoch {metrics['best_epoch']}, valid accuracy {metrics['best_valid_accuracy']:.2%}; "
+            f'load_run("{run.folder}", weights="best.pth") loads it'
+        )
 
 
 def _draw(run, predictions, dl, split):
@@ -101,8 +112,9 @@ def _draw(run, predictions, dl, split):
         confusion_matrix=plot_confusion_matrix(predictions.confusion_matrix, predictions.classes),
         misclassified=learn.plot_misclassified(n, s.n_cols, **inputs),
         top_losses=plot_tiles(images_at(dl, worst)[1], *predictions.names_at(worst), *numbers, **about),
-        gradcam=learn.plot_gradcam(n, layers, s.cam_method, s.cam_target, s.cam_alpha, **inputs),
     )
+    if not s.no_explain:
+        pictures["gradcam"] = learn.plot_gradcam(n, layers, s.cam_method, s.cam_target, s.cam_alpha, **inputs)
     return pictures | ({"schedule": learn.plot_schedule()} if run.history.lrs else {})
 
 

@@ -42,19 +42,23 @@ class TensorBoardLog(FitCallback):
         start = end - len(self.losses)
         steps = dict(loss=torch.stack(self.losses).tolist(), lr=history.lrs[start:], momentum=history.moms[start:])
         values = [(f"step/{name}", value, k) for name in steps for k, value in enumerate(steps[name], start)]
-        values += [(f"epoch/{name}", value, end - 1) for name, value in history.rows[-1].items() if name != "epoch"]
+        names = {name: name.replace("valid", history.eval_split) for name in history.rows[-1] if name != "epoch"}
+        values += [(f"epoch/{names[name]}", history.rows[-1][name], end - 1) for name in names]
         values = [(tag, {"simple_value": value}, step) for tag, value, step in values if value is not None]
         self._write(values, purge_step=start)
 
-    def add_pictures(self, pictures):
-        """Add `{name: Figure}` as images."""
-        values = []
+    def add_results(self, metrics, pictures, n_steps):
+        """Add the accuracies in `metrics`, of metrics.json, and `pictures`, {name: Figure}, at the last step."""
+        step, names = max(0, n_steps - 1), ("test_accuracy", "tta_accuracy", "tta_shift_accuracy")
+        values = [
+            (f"final/{name}", {"simple_value": metrics[name]}, step) for name in names if metrics[name] is not None
+        ]
         for name, figure in pictures.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png")
             (width, height), png = Image.open(buffer).size, buffer.getvalue()
             image = dict(width=width, height=height, colorspace=4, encoded_image_string=png)  # 4: RGBA
-            values.append((f"pictures/{name}", {"image": image}, 0))
+            values.append((f"pictures/{name}", {"image": image}, step))
         self._write(values)
 
     def _write(self, values, purge_step=0):

@@ -18,6 +18,7 @@ from cifar_fastai.files import atomic_write
 HISTORY_COLUMNS = tuple(
     "epoch train_loss train_accuracy valid_loss valid_accuracy lr images_per_second seconds".split()
 )
+BAR_SECONDS = 0.25  # between two updates of a bar on a terminal
 
 
 class FitCallback(Callback):
@@ -135,29 +136,41 @@ class DeviceProgress(ProgressCallback):
             self.pbar.comment = f"{self.smooth_loss.item():.4f}"
 
 
+def console_bar(title, iterable=None, total=None, delay=0):
+    """A tqdm bar of one line on a terminal, which it leaves empty in the end; a log file gets none of it."""
+    text = "{desc}  [{bar:20}] {percentage:3.0f} %, {remaining} left"
+    look = dict(bar_format=text, ascii=" =", leave=False, smoothing=0, mininterval=BAR_SECONDS, miniters=1)
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(iterable, title, total, file=sys.stderr, disable=not is_terminal, delay=delay, **look)
+
+
 class ConsoleProgress(Callback):
-    """One line on a terminal: the epoch, how much of the fit is done, and the time left. A log file gets none of it."""
+    """A line on a terminal for a fit, a range test or predictions: what is done, how much of it, and the time left.
+
+    It counts images that pass forward. An image of a training step counts three times, as its backward pass costs
+    about twice the forward one.
+    """
 
     order = 64  # before History prints the epoch's row
     bar, _stateattrs = None, ("bar",)
-    seconds = 0.25  # between two updates
 
     def before_train(self):
-        finder = getattr(self.learn, "lr_finder", None)  # a range test ends within an epoch
+        finder, train = getattr(self.learn, "lr_finder", None), self.dls.train
         if self.bar is None:
-            total = finder.num_it if finder else (self.n_epoch - self.epoch) * len(self.dls.train)
-            text = "{desc}  [{bar:20}] {percentage:3.0f} %, {remaining} left"
-            look = dict(bar_format=text, ascii=" =", leave=False, smoothing=0, mininterval=self.seconds)
-            self.bar = tqdm(total=total, file=sys.stderr, disable=not sys.stderr.isatty(), **look)
+            epoch = 3 * len(train) * train.bs + len(self.dls.valid.dataset)
+            total = 3 * finder.num_it * train.bs if finder else (self.n_epoch - self.epoch) * epoch
+            self.bar = console_bar("", total=total)  # a range test ends within an epoch
         self.bar.set_description_str("range test" if finder else f"{self.epoch + 1:>3}/{self.n_epoch:<3}", False)
 
+    def before_validate(self):
+        if self.bar is None:
+            self.bar = console_bar("evaluating", total=len(self.dl.dataset))
+
     def after_batch(self):
-        if self.training:
-            self.bar.update()
+        self.bar.update(find_bs(self.xb) * (3 if self.training else 1))
 
     def after_validate(self):
-        if self.bar is not None:
-            self.bar.clear()
+        self.bar.clear()
 
     def after_fit(self):
         if self.bar is not None:

@@ -33,7 +33,9 @@ def listed(text):
     return [(int(row[0]), row[2], row[3]) for row in rows]
 
 
-def test_the_table_is_that_of_predictions_csv(run, capsys):
+def test_the_table_is_that_of_predictions_csv(run, monkeypatch, capsys):
+    """Without another pass over the split."""
+    monkeypatch.setattr("cifar_fastai.evaluation.learner_methods.predict", lambda *_: pytest.fail("another pass"))
     picture = explain_run(run, n=5)
     rows = Predictions.from_csv(run / "predictions.csv")
     text = capsys.readouterr().out
@@ -87,7 +89,6 @@ def test_files_need_no_data_set(run, photo, tiny_folder, tmp_path, monkeypatch, 
 def test_a_wrong_word_ends_in_one_line_before_the_work(run, photo, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(photo.parent)
     (photo.parent / "notes.txt").write_text("no picture")
-    monkeypatch.setattr("cifar_fastai.runs.explain.predict", lambda *_: pytest.fail("a pass over the split"))
     words = [str(run)]
     for name, value in arguments.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

@@ -46,7 +46,7 @@ def last_line(process):
 
 
 def how_to_go_on(out):
-    return f"go on with: python {RECIPE} --resume {out}"
+    return f"go on with: {cli._interpreter()} {RECIPE} --resume {out}"
 
 
 def last_epoch(out):

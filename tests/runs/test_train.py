@@ -10,6 +10,7 @@ from tiny_runs import FILES, history, metrics, same
 from cifar_fastai import load_run
 from cifar_fastai.errors import InputError, RunError
 from cifar_fastai.files import read_json, write_json
+from cifar_fastai.runs import results
 from cifar_fastai.runs import train as module
 from cifar_fastai.runs.run import load_network
 from cifar_fastai.runs.train import find_lr
@@ -63,6 +64,23 @@ def test_a_narrow_network_is_named_and_loaded(tiny, tmp_path):
     assert metrics(run.folder)["model"] == "resnet34, width 2" and metrics(run.folder)["parameters"] < 30_000
     for learn in load_run(run.folder, device="cpu")[0], load_network(run.folder, device="cpu"):
         assert same(dict(learn.model.state_dict()), dict(run.learn.model.state_dict()))
+
+
+def test_a_quick_end_and_the_best_epoch(tiny, tmp_path, capsys, monkeypatch):
+    """Without test-time augmentation and heatmaps; the best epoch is the one whose weights are in best.pth."""
+    monkeypatch.setattr(results, "error_tiles", lambda *_: pytest.fail("heatmaps were computed"))
+    options = dict(no_tta=True, no_explain=True, save_best=True, valid_pct=0.25, bs=4)
+    folder = tiny.train(tmp_path / "run", **options).folder
+    numbers, accuracies = metrics(folder), [float(row["valid_accuracy"]) for row in history(folder)]
+    assert numbers["tta_accuracy"] is numbers["tta_shift_accuracy"] is None
+    assert numbers["best_epoch"] == 1 + int(np.argmax(accuracies))
+    assert numbers["best_valid_accuracy"] == max(accuracies)
+    learn, _ = load_run(folder, weights="best.pth")
+    with learn.no_bar(), learn.no_logging():
+        assert learn.validate()[1] == pytest.approx(max(accuracies))
+    out = capsys.readouterr().out
+    assert f"epoch {numbers['best_epoch']}, valid accuracy {max(accuracies):.2%}" in out
+    assert "TTA" not in out and "views" not in out and "explain" not in out
 
 
 # Loading a run --------------------------------------------------------------------------------------------------------

@@ -32,14 +32,17 @@ def test_every_step_every_epoch_and_the_pictures_stand_in_it_once(learn, tmp_pat
     del history.rows[1:], history.lrs[6:], history.moms[6:]  # as if the second epoch had been interrupted
     log = TensorBoardLog(tmp_path)  # as of a resumed run
     fit(learn, log, 3, start_epoch=1)
-    log.add_pictures({"curves": plt.figure(figsize=(2, 1), dpi=50)})
+    metrics = dict(test_accuracy=0.5, tta_accuracy=0.75, tta_shift_accuracy=None)
+    log.add_results(metrics, {"curves": plt.figure(figsize=(2, 1), dpi=50)}, 18)
     events, scalars = read(tmp_path)
     assert [step for step, _ in scalars["step/loss"]] == list(range(18))
     assert scalars["step/lr"] == [(step, pytest.approx(0.01)) for step in range(18)] and "step/momentum" in scalars
     losses = [(6 * row["epoch"] - 1, pytest.approx(row["train_loss"])) for row in history.rows]
-    assert scalars["epoch/train_loss"] == losses
+    assert scalars["epoch/train_loss"] == losses and "epoch/test_accuracy" in scalars
+    finals = {tag: values for tag, values in scalars.items() if tag.startswith("final")}
+    assert finals == {"final/test_accuracy": [(17, 0.5)], "final/tta_accuracy": [(17, 0.75)]}
     (picture,) = events.Images("pictures/curves")
-    assert (picture.width, picture.height) == (100, 50)
+    assert (picture.width, picture.height, picture.step) == (100, 50, 17)
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(learn, tmp_path, capfd):

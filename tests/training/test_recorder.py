@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_fastai.data.loaders import cifar_dls
 from cifar_fastai.errors import InputError
+from cifar_fastai.evaluation.predictions import predict
+from cifar_fastai.training import recorder
 from cifar_fastai.training.callbacks import L1Penalty, StopOnBadLoss
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.range_test import range_test
@@ -201,22 +203,25 @@ def drawn(learn, train, monkeypatch, is_terminal=True):
     stream = io.StringIO()
     stream.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(ConsoleProgress, "seconds", 0)
+    monkeypatch.setattr(recorder, "BAR_SECONDS", 0)
     with learn.added_cbs(ConsoleProgress()):
         train(learn)
     texts = re.findall(r"([\w/ ]+?) +\[(=* *)\] +(\d+) %, \d\d:\d\d left", stream.getvalue())
     return [(head.strip(), len(bar.rstrip()), int(percentage)) for head, bar, percentage in texts], stream.getvalue()
 
 
-def test_the_progress_of_a_fit_and_of_a_range_test(learn, monkeypatch):
+def test_the_progress_of_a_fit_a_range_test_and_an_evaluation(learn, monkeypatch):
+    """An epoch: 6 steps of 8 images, three passes each, then 18 images of validation, one pass each."""
     texts, written = drawn(learn, lambda learn: fit(learn, 2), monkeypatch)
-    assert [text for text in texts if text[2]] == [
-        *[("1/2", math.floor(20 * k / 12), round(100 * k / 12)) for k in range(1, 7)],
-        *[("2/2", math.floor(20 * k / 12), round(100 * k / 12)) for k in range(7, 13)],
-    ]
+    passes = [24, 48, 72, 96, 120, 144, 162]
+    done = [n / 324 for n in (*passes, *(162 + n for n in passes))]
+    expected = [(f"{1 + k // 7}/2", math.floor(20 * part), round(100 * part)) for k, part in enumerate(done)]
+    assert [text for text in texts if text[2]] == expected
     assert written.endswith("\r") and not written.split("\r")[-2].strip(), "the line is gone in the end"
     texts, _ = drawn(learn, lambda learn: range_test(learn, num_it=20), monkeypatch)
     assert texts[-1][0] == "range test" and 50 <= texts[-1][2] <= 100
+    texts, _ = drawn(learn, lambda learn: predict(learn), monkeypatch)
+    assert [text[2] for text in texts if text[0] == "evaluating"][-1] == 100
 
 
 def test_a_log_file_gets_none_of_it(learn, monkeypatch):
