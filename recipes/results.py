@@ -1,4 +1,4 @@
-"""Keep finished runs as results, and make README's table from them.
+"""Keep finished runs as results, and make the tables of README.md and docs/evidence.md from them.
 
 Usage: python recipes/results.py runs/resnet18-20260101-120000
 """
@@ -15,17 +15,18 @@ HERE = Path(__file__).resolve().parent
 @command
 def main(
     runs: Annotated[str, {"opt": False, "nargs": "*", "metavar": "RUN"}] = None,  # Folders of finished runs to keep
-    check: bool = False,  # Write nothing; fail where README differs from the results
+    check: bool = False,  # Write nothing; fail where a table differs from the results
     debug: bool = False,  # Show tracebacks
 ):
-    "Keep the numbers of runs under recipes/results and bring the table in README up to date."
-    from cifar_fastai.runs.table import keep_result, update_readme  # loads torch, which --help does not need
+    "Keep the numbers of runs under recipes/results and bring the tables of results up to date."
+    from cifar_fastai.runs.table import keep_result, update_table  # loads torch, which --help does not need
 
     for run in runs or ():
         print(f"kept: {keep_result(run, HERE / 'results').name}")
-    changed = update_readme(HERE.parent / "README.md", HERE / "results", command_line, check)
-    if changed and check:
-        raise RunError("README.md: its table is not the one that recipes/results gives; run recipes/results.py")
+    for page, best_only in ("README.md", True), ("docs/evidence.md", False):
+        changed = update_table(HERE.parent / page, HERE / "results", command_line, check, best_only)
+        if changed and check:
+            raise RunError(f"{page}: its table is not the one that recipes/results gives; run recipes/results.py")
 
 
 if __name__ == "__main__":

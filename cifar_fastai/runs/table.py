@@ -1,4 +1,4 @@
-"""The runs that README quotes, kept in the repository, and the table that is made from them."""
+"""The runs that README quotes, kept in the repository, and the tables that are made from them."""
 
 import shutil
 from collections import defaultdict
@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from cifar_fastai.data.images import CIFAR10, COPIES
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import atomic_write, read_json, write_json
 from cifar_fastai.recipes import resolve_recipe
@@ -13,7 +14,7 @@ from cifar_fastai.runs.folder import read_config
 from cifar_fastai.runs.run import suit_data
 from cifar_fastai.settings import OPTIONS, PLACES, Settings
 
-__all__ = ["Result", "keep_result", "load_results", "overrides_today", "results_table", "update_readme"]
+__all__ = ["Result", "keep_result", "load_results", "overrides_today", "results_table", "update_table"]
 
 BEGIN, END = "<!-- results: made by recipes/results.py -->", "<!-- end of results -->"
 _FILES = ("history.csv", "metrics.json", "predictions.csv", "curves.png")
@@ -58,24 +59,27 @@ def load_results(folder):
     return [Result(read_json(run / "config.json"), read_json(run / "metrics.json"), run) for run in runs]
 
 
-def results_table(results, command_line):
-    """Markdown: a row for each command and commit, with mean and standard deviation over its seeds, and the commands.
+def results_table(results, command_line, best_only=False):
+    """Markdown: a row for each command and commit, with mean and standard deviation over its seeds.
 
-    The most accurate first in each data set. `results`: `Result`s; `command_line(config, without)` gives a command.
+    The most accurate first in each data set; `best_only`: that of each data set and network, and copies of CIFAR-10
+    only where there is no row of CIFAR-10 itself. `results`: `Result`s; `command_line(config, without)` gives a
+    command.
     """
     columns = "data", "network", "epochs", "seeds", "test accuracy", "with flip TTA", "and shifts", "training"
-    rows, commands = [[*columns, "hardware", "commit"]], []
-    for (dataset, command, commit), runs in _rows(results, command_line):
+    table = [[*columns, "hardware", "commit", "command"]]
+    for (dataset, command, commit), runs in _rows(results, command_line, best_only):
         metrics = [run.metrics for run in runs]
         names = "test_accuracy", "tta_accuracy", "tta_shift_accuracy"
         accuracies = [_percent([m[name] for m in metrics]) for name in names]
         minutes = f"{mean(m['seconds'] for m in metrics) / 60:.1f} min"
         hardware = "; ".join(dict.fromkeys(f"{m['hardware']}, {m['precision']}" for m in metrics))
         model, epochs = metrics[0]["model"], metrics[0]["epochs"]
-        rows.append([dataset, model, epochs, len(runs), *accuracies, minutes, hardware, commit])
-        commands.append(f"`{command} --seed {' | '.join(str(m['seed']) for m in metrics)}`")
-    head, *lines = ("| " + " | ".join(map(str, cells)) + " |" for cells in rows)
-    return "\n".join([head, "|---" * 10 + "|", *lines, "", f"The commands, row by row: {'; '.join(commands)}."])
+        seeds = ", ".join(str(m["seed"]) for m in metrics)
+        command = f"`{command} --seed {seeds}`"
+        table.append([dataset, model, epochs, len(runs), *accuracies, minutes, hardware, commit, command])
+    head, *lines = ("| " + " | ".join(map(str, cells)) + " |" for cells in table)
+    return "\n".join([head, "|---" * 11 + "|", *lines])
 
 
 def overrides_today(config):
@@ -96,7 +100,7 @@ def overrides_today(config):
     return {name: values[name] for name in OPTIONS if name in values}
 
 
-def _rows(results, command_line):
+def _rows(results, command_line, best_only=False):
     """[((dataset, command, commit), runs by seed)], the most accurate first in each data set."""
     rows = defaultdict(list)
     for run in sorted(results, key=lambda run: run.metrics["seed"]):
@@ -108,7 +112,12 @@ def _rows(results, command_line):
         (dataset, *names), runs = row
         return dataset, -mean(run.metrics["test_accuracy"] or 0 for run in runs), names
 
-    return sorted(rows.items(), key=rank)
+    rows = sorted(rows.items(), key=rank)
+    if not best_only:
+        return rows
+    left_out = COPIES if any(dataset == CIFAR10 for (dataset, *_), _ in rows) else ()
+    best = {(key[0], runs[0].metrics["model"]): (key, runs) for key, runs in reversed(rows) if key[0] not in left_out}
+    return list(reversed(best.values()))
 
 
 def _percent(values):
@@ -122,24 +131,26 @@ def _curves(results, command_line, root):
     """The curves of the first row's first run, as lines of Markdown for a file in the folder `root`."""
     if not results:
         return ""
-    _, (run, *_) = _rows(results, command_line)[0]
+    _, (run, *_) = _rows(results, command_line, best_only=True)[0]
     metrics, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
     title = f"{metrics['model']}, {metrics['epochs']} epochs of {metrics['dataset']}, seed {metrics['seed']}"
     return f"\n\n![Loss and accuracy by epoch: {title}]({path.as_posix()})"
 
 
-def update_readme(readme, folder, command_line, check=False):
-    """Write the table of the results in `folder`, and the first one's curves, between the two marks in `readme`.
+def update_table(page, folder, command_line, check=False, best_only=False):
+    """Write the table of the results in `folder` between the two marks in `page`, a Markdown file.
 
-    Returns whether it changed. With `check` nothing is written. Raises InputError where the marks are missing.
+    With `best_only` (see `results_table`) the curves of its first row follow. Returns whether the page changed. With
+    `check` nothing is written. Raises InputError where the marks are missing.
     """
-    text, results = Path(readme).read_text(encoding="utf-8"), load_results(folder)
+    text, results = Path(page).read_text(encoding="utf-8"), load_results(folder)
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise InputError(f"{readme}: the lines {BEGIN} and {END} must stand in it once")
+        raise InputError(f"{page}: the lines {BEGIN} and {END} must stand in it once")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    table = results_table(results, command_line) + _curves(results, command_line, Path(readme).parent)
+    table = results_table(results, command_line, best_only)
+    table += _curves(results, command_line, Path(page).parent) if best_only else ""
     new = f"{before}{BEGIN}\n{table}\n{END}{after}"
     if new != text and not check:
-        with atomic_write(readme) as file:
+        with atomic_write(page) as file:
             file.write(new)
     return new != text
