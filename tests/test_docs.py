@@ -15,7 +15,6 @@ from torch import nn
 
 import cifar_fastai
 from cifar_fastai import models
-from cifar_fastai.files import read_json
 from cifar_fastai.recipes import PRESETS, RECIPES
 from cifar_fastai.settings import OPTIONS
 
@@ -137,16 +136,6 @@ def test_promises_name_tests_that_exist(row):
         text = "".join(path.read_text(encoding="utf-8") for path in files)
         for name in re.findall(r"`(test_\w+)`", part):
             assert f"def {name}(" in text, name
-
-
-def test_evidence_has_the_numbers_of_the_kept_runs():
-    row = r"^\| \[[^]]+\]\((\.\./recipes/results/[\w.-]+)\) \| ([\d.]+)% \| ([\d.]+)% \| (\d+) \|"
-    rows = re.findall(row, TEXTS[ROOT / "docs" / "evidence.md"], flags=re.MULTILINE)
-    assert rows
-    for folder, *numbers in rows:
-        metrics = read_json(ROOT / "docs" / folder / "metrics.json")
-        accuracies = [f"{100 * metrics[name]:.2f}" for name in ("test_accuracy", "tta_accuracy")]
-        assert numbers == [*accuracies, f"{metrics['images_per_second']:.0f}"], folder
 
 
 def test_the_citation_agrees_with_the_package():
