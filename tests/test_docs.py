@@ -169,7 +169,7 @@ def examples(name):
     return re.findall(r"^```python\n(.*?)^```", TEXTS[ROOT / name], flags=re.DOTALL | re.MULTILINE)
 
 
-def small_network(n_classes):
+def small_network(n_classes, width):
     """The children of ResNet18, and maps of 32, 16, 8 and 4 pixels, from a thousand weights."""
     parts = OrderedDict(conv1=nn.Conv2d(3, 4, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(4))
     for k in range(1, 5):

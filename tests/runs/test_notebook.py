@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def learn(tiny_images, tiny_model, monkeypatch):
     """A learner whose network goes by the name of ResNet18, so that its run can be loaded again."""
-    monkeypatch.setitem(_FACTORIES, "resnet18", lambda n_classes: tiny_model)
+    monkeypatch.setitem(_FACTORIES, "resnet18", lambda n_classes, width: tiny_model)
     dls = cifar_dls(tiny_images, bs=8, device="cpu", padding=2, cutout=8, pad_mode="reflect")
     learn = cifar_learner(dls, "resnet18", label_smoothing=0.1, precision="fp32")
     with learn.no_bar(), learn.no_logging():
