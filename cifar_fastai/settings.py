@@ -52,7 +52,14 @@ def option(default, help, **limits):
 class Settings:
     """The parameters of a run. `Settings(epochs=3)` is plain SGD without augmentation; see `recipes` for named ones."""
 
-    data: str = option("auto", "auto, cifar10, digits, or a folder or archive of images", identity=False)
+    data: str = option(
+        "auto",
+        "auto, cifar10, cifar100, cifar100-coarse (20 superclasses), digits, or a folder or archive of images",
+        identity=False,
+    )
+    size: int | None = option(
+        None, "Pixels a side, to which images of another size are resized (default: 32, no other)", ge=16, le=128
+    )
     preset: str | None = option(None, "Settings of a published solution, in place of the recipe's")
     model: str = option("resnet18", "Network", choices=("resnet18", "resnet34", "custom_resnet"))
     width: int = option(64, "Channels of the first convolution; at 16 a CPU trains ResNet18 in minutes", ge=1, le=512)
@@ -85,7 +92,7 @@ class Settings:
         None, "Fraction of train for validation, stratified; the test split is then read once, at the end", **BETWEEN
     )
     split_seed: int = option(42, "Seed of that split", **SEEDS)
-    subset: int | None = option(None, "Train on a stratified subset of this size", **MANY)
+    subset: int | None = option(None, "Train on a stratified subset of this size (valid_pct: the same share)", **MANY)
     no_test: bool = option(False, "Never read the test split", **VALID)
     save_best: bool = option(False, "Keep the weights of the best validation accuracy in best.pth", **VALID)
     patience: int | None = option(
@@ -100,7 +107,7 @@ class Settings:
     ema: float | None = option(None, "Decay per step of averaged weights, which are evaluated and saved", **BETWEEN)
     padding: int = option(0, "RandomCrop: pixels of padding on every side (0: no crop)", ge=0, le=31)
     pad_mode: str = option("zeros", "RandomCrop: padding", choices=("zeros", "reflect"), needs=("padding",))
-    cutout: int = option(0, "CutOut: side of a hole in pixels (0: none)", ge=0, le=32)
+    cutout: int = option(0, "CutOut: side of a hole in pixels (0: none)", ge=0, le=128)
     n_holes: int = option(1, "CutOut: holes per image", ge=1, le=64, **CUTOUT)
     max_holes: int | None = option(None, "CutOut: each image draws from n_holes to this many", ge=1, le=64, **CUTOUT)
     cutout_p: float = option(1.0, "CutOut: probability per image", **PROBABILITY, **CUTOUT)

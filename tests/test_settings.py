@@ -75,6 +75,7 @@ BAD = """
 --valid-pct 1.5                                 | --valid-pct 1.5: must be above 0 and below 1
 --split-seed -1                                 | --split-seed -1: must be at least 0 and at most 4294967295
 --subset 0                                      | --subset 0: must be at least 1
+--size 15                                       | --size 15: must be at least 16 and at most 128
 --no-test                                       | --no-test: needs --valid-pct
 --save-best                                     | --save-best: needs --valid-pct
 --patience 3                                    | --patience 3: needs --valid-pct
@@ -126,7 +127,7 @@ def test_every_parameter_is_among_them():
 
 @pytest.mark.parametrize("arguments, message", CASES, ids=[arguments for arguments, _ in CASES])
 def test_bad_values_are_refused_before_anything_is_read_or_written(command, monkeypatch, arguments, message):
-    monkeypatch.setattr("cifar_fastai.runs.train.load_images", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr("cifar_fastai.runs.train.load_images", lambda *_, **__: pytest.fail("data were read"))
     status, out, err, files = command(arguments)
     assert message in err and "Traceback" not in err and (status, out, files) == (2, "", [])
     assert "usage:" in err or err.startswith("error: ") and err.count("\n") == 1

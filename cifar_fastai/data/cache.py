@@ -2,27 +2,23 @@
 
 import json
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
+from platformdirs import user_cache_dir
 
 from cifar_fastai.files import atomic_write
 
-_VERSION = 4  # of the file's layout, and of how images are decoded
+_VERSION = 5  # of the file's layout, and of how images are decoded
 _DAY = 24 * 60 * 60  # seconds
 
 
 def cache_folder():
     """Where decoded images are kept: $CIFAR_FASTAI_CACHE, or cifar_fastai in the user's own cache folder."""
-    if folder := os.environ.get("CIFAR_FASTAI_CACHE"):
-        return Path(folder)
-    users = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
-    if not os.path.isabs(users):  # as the XDG specification asks
-        users = os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(users, "cifar_fastai")
+    return Path(os.environ.get("CIFAR_FASTAI_CACHE") or user_cache_dir("cifar_fastai", appauthor=False))
 
 
 def load(folder, key):
@@ -33,8 +29,8 @@ def load(folder, key):
     with suppress(Exception), np.load(_path(folder, key), allow_pickle=False) as archive:
         fields, images, labels = _read_about(archive), archive["images"], archive["labels"]  # the zip's CRC is checked
         kinds = (images.shape, labels.shape, images.dtype, labels.dtype)
-        n = fields.pop("n")
-        if fields.pop("key") == key and kinds == ((n, 3, 32, 32), (n,), np.uint8, np.int64):
+        n, size = fields.pop("n"), images.shape[-1]
+        if fields.pop("key") == key and kinds == ((n, 3, size, size), (n,), np.uint8, np.int64):
             return fields | dict(images=images, labels=labels)
 
 
@@ -58,6 +54,19 @@ def entries(folder):
     for path in sorted(Path(folder).glob(f"v{_VERSION}-*.npz")):
         with suppress(Exception), np.load(path, allow_pickle=False) as archive:
             result.append(_read_about(archive))
+    return result
+
+
+def files(folder):
+    """[(path, description, bytes)] of everything in the cache, also of other versions, and unfinished downloads."""
+    result = []
+    for pattern in ("v*-*.npz", ".*.tmp", "downloads/*"):
+        for path in sorted(Path(folder).glob(pattern)):
+            text = f"download from {unquote(path.name)}" if path.parent != Path(folder) else "unreadable"
+            with suppress(Exception), np.load(path, allow_pickle=False) as archive:
+                about = _read_about(archive)
+                text = f"{about['name'] or Path(about['source']).name}, {about['n']:,} images, from {about['source']}"
+            result += [(path, text, path.stat().st_size)] if path.name != ".lock" else []
     return result
 
 

@@ -1,56 +1,66 @@
 """`load_images`: a data set located, verified, decoded once, and returned as one `ImageSet`."""
 
 import hashlib
-import io
 import os
-import sys
-import threading
-import urllib.request
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from fastcore.imports import in_notebook
+from filelock import FileLock
 from PIL import Image
 
 from cifar_fastai.data import cache
 from cifar_fastai.data.cifar10 import in_official_order
-from cifar_fastai.data.decode import decode
+from cifar_fastai.data.decode import decode, resize
+from cifar_fastai.data.download import download, mirrors
 from cifar_fastai.data.sources import open_source
 from cifar_fastai.errors import InputError, printable, reason
+from cifar_fastai.settings import check_values
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 train images, pixels in 0..1
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_SPLITS = (50_000, 10_000)  # train, test
-CIFAR10, CIFAR10_JPEG, DIGITS = "CIFAR-10", "CIFAR-10 (JPEG copy)", "digits"
-CIFAR10_OTHER = "CIFAR-10 (other pixels)"
-COPIES = (CIFAR10_JPEG, CIFAR10_OTHER)
-RESERVED = (CIFAR10, CIFAR10_JPEG, CIFAR10_OTHER, DIGITS)  # no folder gives its data set such a name
+CIFAR10, CIFAR10_JPEG, CIFAR10_OTHER = "CIFAR-10", "CIFAR-10 (JPEG copy)", "CIFAR-10 (other pixels)"
+CIFAR100, CIFAR100_COARSE, DIGITS = "CIFAR-100", "CIFAR-100 (coarse)", "digits"
+COPIES = {  # what such images mean for comparisons
+    CIFAR10_JPEG: "their JPEG compression costs some points of accuracy: compare results with others on this copy only",
+    CIFAR10_OTHER: "not CIFAR-10's own pixels: results cannot be compared with published ones",
+}
+RESERVED = (CIFAR10, *COPIES, CIFAR100, CIFAR100_COARSE, DIGITS)  # no folder gives its data set such a name
+NAMED = {"cifar10": CIFAR10, "cifar100": CIFAR100, "cifar100-coarse": CIFAR100_COARSE}  # what `data` may name
 FASTAI_SOURCE = "fastai URLs.CIFAR"
+
+
+class NotAvailable(InputError):
+    """An official data set is in none of the places; `failures` says for each one why."""
+
+    def __init__(self, name, failures):
+        super().__init__(f"{name} is not available: {'; '.join(failures)}")
+        self.failures = failures
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """A data set in memory: train images first, then test images. An image is (3, 32, 32), its channels RGB."""
+    """A data set in memory: train images first, then test images. An image is (3, S, S), S = 32 as a rule, in RGB."""
 
-    name: str  # "CIFAR-10", "CIFAR-10 (JPEG copy)", "CIFAR-10 (other pixels)", "digits", or the folder's name
+    name: str  # one of `RESERVED`, or the folder's name
     classes: tuple[str, ...]
-    images: np.ndarray  # uint8 (N, 3, 32, 32)
+    images: np.ndarray  # uint8 (N, 3, S, S)
     labels: np.ndarray  # int64 (N,)
     n_train: int
     mean: tuple[float, float, float]  # of pixels in 0..1
     std: tuple[float, float, float]
     source: str  # the path or address, in a user's words
-    note: str | None = None  # one line, where the result differs from the request
+    note: str | None = None  # where the result differs from the request
+    coarse: tuple[str, ...] | None = None  # CIFAR-100: the name of each class's superclass
 
     def __repr__(self):
-        """One line, and the note where there is one: a notebook shows it."""
+        """One line, and the note or what a copy means for comparisons: a notebook shows it."""
         sizes = f"{self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes"
         about = f"{self.name}: {sizes}, from {Path(self.source).name}"
-        return f"{about}\n{self.note}" if self.note else about
+        return "\n".join(filter(None, (about, self.note, COPIES.get(self.name))))
 
     @cached_property
     def fingerprint(self):
@@ -60,41 +70,53 @@ class ImageSet:
         digest.update(np.ascontiguousarray(self.images))
         return digest.hexdigest()
 
+    size = property(lambda self: self.images.shape[-1])  # pixels a side
     n_test = property(lambda self: len(self.images) - self.n_train)
-    train_images = property(lambda self: self.images[: self.n_train])  # (n_train, 3, 32, 32)
+    train_images = property(lambda self: self.images[: self.n_train])  # (n_train, 3, S, S)
     train_labels = property(lambda self: self.labels[: self.n_train])
-    test_images = property(lambda self: self.images[self.n_train :])  # (n_test, 3, 32, 32)
+    test_images = property(lambda self: self.images[self.n_train :])  # (n_test, 3, S, S)
     test_labels = property(lambda self: self.labels[self.n_train :])
     flip = property(lambda self: 0.0 if self.name == DIGITS else 0.5)  # a mirror changes digits
 
 
-def load_images(data="auto", cache_dir=None, progress=True):
+def load_images(data="auto", cache_dir=None, progress=True, size=None):
     """The data set that `data` names, as an `ImageSet`.
 
-    data: "digits", scikit-learn's; "cifar10", from the cache, fastai's own copy, or the network; a folder with
-    `train/<class>/*` and `test/<class>/*` (32 x 32, png or jpg), a .tgz, .tar.gz or .tar of one, the official
-    `cifar-10-batches-py` folder or its archive; "auto" (or None), the path in the environment variable CIFAR10_PATH,
-    else "cifar10", else, where that is not available, "digits" with a note that says why.
+    data: "digits", scikit-learn's; "cifar10", "cifar100" or "cifar100-coarse" (20 superclasses), the official images
+    from the cache, fastai's own copy, or the network (from the address in CIFAR10_URL or CIFAR100_URL, then from the
+    mirrors in `cifar_fastai.data.download`); a folder with `train/<class>/*` and `test/<class>/*` (png or jpg), a .tgz,
+    .tar.gz or .tar of one, the official batches in their folder or archive; "auto" (or None), the path in the
+    environment variable CIFAR10_PATH, else "cifar10", else, where that is not available, "digits" with a note of why.
     cache_dir: where decoded images are kept, by default the user's cache folder (a note says where that fails).
     progress: draw a progress line where stderr is a terminal or in a notebook.
+    size: pixels a side; images of another size are resized, the shorter side to `size`, and their centre is cut.
+    Without it, images must be 32 x 32.
     Raises InputError where the data are missing, damaged or in another layout.
     """
+    check_values(size=size)
     cache_dir = cache.cache_folder() if cache_dir is None else Path(cache_dir)
     data = "auto" if data is None else os.fspath(data)
     path = os.environ.get("CIFAR10_PATH") if data == "auto" else None
     try:
         if data == "digits":
-            return _load_digits()
-        if path or data not in ("auto", "cifar10"):
-            return _load_path(path or data, cache_dir, progress)
-        return _load_cifar10(cache_dir, progress)
+            images = _load_digits()
+        elif path or data not in ("auto", *NAMED):
+            images = _load_path(path or data, cache_dir, progress, size)
+        else:
+            images = _load_named("cifar10" if data == "auto" else data, cache_dir, progress)
     except InputError as error:
         if path:
             raise InputError(f"{error} (the environment variable CIFAR10_PATH names it)") from None
         if data != "auto":
             raise
-        note = f"CIFAR-10 is not available ({error}); scikit-learn's digits are used instead"
-        return replace(_load_digits(), note=note)
+        advice = "name its archive or folder by `data` or CIFAR10_PATH, or the address of an archive by CIFAR10_URL"
+        lines = f"{CIFAR10} is not available, so scikit-learn's digits are used instead:", *error.failures
+        images = replace(_load_digits(), note="\n  ".join(lines) + f"\nTo use {CIFAR10}, {advice}.")
+    if size in (None, images.size):
+        return images
+    pixels = resize(images.images, size, progress)
+    mean, std = channel_statistics(pixels[: images.n_train])
+    return replace(images, images=pixels, mean=mean, std=std)
 
 
 def channel_statistics(images):
@@ -114,27 +136,40 @@ def stratified_cut(labels, rows, n, seed):
     return np.sort(part), np.sort(rest)
 
 
-def _load_path(path, cache_dir, progress, address=None):
-    """The data set in a folder or archive, from the cache where it has been decoded before."""
+def _load_path(path, cache_dir, progress, size=None, address=None, name=None):
+    """The data set in a folder or archive, from the cache where it has been decoded before; `name`: what it must be."""
     source, address, note = open_source(os.path.expanduser(path)), printable(address or path), None
     key = source.key()
-    fields = cache.load(cache_dir, key)
-    if fields is None:
-        images, labels, classes, n_train, has_jpeg = decode(source, progress)
-        if classes == CIFAR10_CLASSES and (n_train, len(images) - n_train) == CIFAR10_SPLITS:  # the content decides
-            images, labels, is_official = in_official_order(images, labels)
-            name = CIFAR10 if is_official else CIFAR10_JPEG if has_jpeg else CIFAR10_OTHER
-            mean, std = CIFAR10_MEAN, CIFAR10_STD
-        else:
-            name, (mean, std) = _folder_name(printable(source.root)), channel_statistics(images[:n_train])
-        fields = dict(name=name, classes=classes, images=images, labels=labels, n_train=n_train, mean=mean, std=std)
-        try:
+    resized_key = hashlib.sha256(f"{key} {size}".encode()).hexdigest()
+    fields = cache.load(cache_dir, key) or (cache.load(cache_dir, resized_key) if size else None)
+    is_new = fields is None
+    if is_new:
+        decoded = decode(source, progress, size)
+        fields, key = _identify(decoded, printable(source.root)), resized_key if decoded.is_resized else key
+    if name not in (None, fields["name"]):
+        n, n_train = len(fields["labels"]), fields["n_train"]
+        raise InputError(f"{printable(path)}: {n_train:,} train and {n - n_train:,} test images, but not {name}'s")
+    try:
+        if is_new:
             cache.store(cache_dir, key, fields | {"source": address})
-        except OSError as error:
-            problem = f"decoded images cannot be kept there ({reason(error)}), so each start decodes them again"
-            note = f"{printable(cache_dir)}: {problem}; CIFAR_FASTAI_CACHE names another folder"
-    name = fields["name"] or _folder_name(source.stem)  # "" is stored for a source that may be renamed
-    return ImageSet(**fields | {"name": name, "source": address, "note": note})
+    except OSError as error:
+        problem = f"decoded images cannot be kept there ({reason(error)}), so each start decodes them again"
+        note = f"{printable(cache_dir)}: {problem}; CIFAR_FASTAI_CACHE names another folder"
+    stem = fields["name"] or _folder_name(source.stem)  # "" is stored for a source that may be renamed
+    return ImageSet(**fields | {"name": stem, "source": address, "note": note})
+
+
+def _identify(decoded, folder):
+    """The fields of an ImageSet, its source apart: the content decides what it is called, else `folder`."""
+    images, labels, classes, n_train, has_jpeg, _, coarse, is_cifar100 = decoded
+    mean, std, name = CIFAR10_MEAN, CIFAR10_STD, CIFAR100 if is_cifar100 else _folder_name(folder)
+    if classes == CIFAR10_CLASSES and (n_train, len(images) - n_train) == CIFAR10_SPLITS:
+        images, labels, is_official = in_official_order(images, labels)
+        name = CIFAR10 if is_official else CIFAR10_JPEG if has_jpeg else CIFAR10_OTHER
+    if name not in (CIFAR10, *COPIES) or images.shape[-1] != 32:
+        mean, std = channel_statistics(images[:n_train])
+    fields = dict(name=name, classes=classes, images=images, labels=labels, n_train=n_train, mean=mean, std=std)
+    return fields | {"coarse": coarse}
 
 
 def _folder_name(name):
@@ -155,56 +190,61 @@ def _load_digits():
     return ImageSet(DIGITS, tuple("0123456789"), images, labels, len(train), *statistics, "scikit-learn load_digits")
 
 
-def _load_cifar10(cache_dir, progress):
-    """CIFAR-10 from the cache, from fastai's own copy, or by fastai's download. Raises InputError with the cause."""
-    for about in sorted(cache.entries(cache_dir), key=lambda about: about["source"] != FASTAI_SOURCE):
-        if _is_cifar10(**about) and (fields := cache.load(cache_dir, about["key"])):
-            return ImageSet(**fields)
-    for path in _fastai_copies():
+def _load_named(data, cache_dir, progress):
+    """The official images of a name in `NAMED`. Raises InputError with each place and why it has none."""
+    if data == "cifar100-coarse":
+        images = _load_named("cifar100", cache_dir, progress)
+        classes = tuple(sorted(set(images.coarse)))
+        labels = np.array([classes.index(name) for name in images.coarse])[images.labels]
+        return replace(images, name=CIFAR100_COARSE, classes=classes, labels=labels, coarse=None)
+    name = NAMED[data]
+    if images := _load_cached(name, cache_dir):
+        return images
+    failures, folder = [f"{printable(cache_dir)}: not in the cache"], cache_dir / "downloads"
+    for path in _fastai_copies() if data == "cifar10" else ():
         try:
-            images = _load_path(path, cache_dir, progress, FASTAI_SOURCE)
-            if _is_cifar10(images.name, FASTAI_SOURCE):
-                return images
-            failure = f"{printable(path)}: {images.n_train:,} train and {images.n_test:,} test images"
+            return _load_path(path, cache_dir, progress, None, FASTAI_SOURCE, name)
         except InputError as error:
-            failure = str(error)
-    raise InputError(f"fastai's copy is not complete ({failure}); delete it and start again")
+            failures.append(str(error))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # a second process waits for the first one's download
+            if images := _load_cached(name, cache_dir):
+                return images
+            for url in mirrors(data):
+                try:
+                    return _fetch(url, folder, cache_dir, progress, name)
+                except InputError as error:
+                    failures.append(f"{printable(url)}: {error}")
+    except OSError as error:
+        problem = f"cannot be written ({reason(error)}); CIFAR_FASTAI_CACHE names another folder"
+        failures.append(f"{printable(folder)}: {problem}")
+    raise NotAvailable(name, failures)
 
 
-def _is_cifar10(name, source, **_):
-    return name == CIFAR10 or (name, source) == (CIFAR10_JPEG, FASTAI_SOURCE)
+def _load_cached(name, cache_dir):
+    """The ImageSet of this name in the cache, whatever path it came by, or None."""
+    for about in cache.entries(cache_dir):
+        if about["name"] == name and (fields := cache.load(cache_dir, about["key"])):
+            return ImageSet(**fields)
+
+
+def _fetch(url, folder, cache_dir, progress, name):
+    """The images of the archive at `url`. InputError where it does not arrive, or is not what it should be."""
+    archive = download(url, folder, progress)
+    try:
+        images = _load_path(archive, cache_dir, progress, None, url, name)
+    except InputError:
+        os.replace(archive, archive.with_name(f"{archive.name}.wrong"))
+        raise
+    if not images.note:  # it is in the cache now
+        archive.unlink()
+    return images
 
 
 def _fastai_copies():
-    """The paths of fastai's own copies, archive first; downloads one if there is none. Raises InputError."""
-    from fastai.data.external import URLs, fastai_path, untar_data
+    """The paths of fastai's own copies of CIFAR-10, archive first."""
+    from fastai.data.external import URLs, fastai_path
 
-    try:  # errors of fastai, of the network, of the disk
-        archive = fastai_path("archive") / URLs.CIFAR.rsplit("/", 1)[-1]
-        copies = [path for path in (archive, fastai_path("data") / archive.stem) if path.exists()]
-        if copies:
-            return copies
-        _probe(URLs.CIFAR)  # fastai's download has no timeout
-        shows_bar = sys.stdout.isatty() or in_notebook()
-        with nullcontext() if shows_bar else redirect_stdout(io.StringIO()):  # the bar would flood a log
-            return [untar_data(URLs.CIFAR)]
-    except Exception as error:
-        raise InputError(f"download of {URLs.CIFAR}: {reason(error)}") from None
-
-
-def _probe(url, seconds=15):
-    """Raise the error unless `url` answers in time. In a thread, as urllib's timeout leaves out the host's look-up."""
-    errors = [TimeoutError(f"no answer within {seconds} s")]
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-            errors.clear()
-        except Exception as error:
-            errors[:] = [error]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
+    archive = fastai_path("archive") / URLs.CIFAR.rsplit("/", 1)[-1]
+    return [path for path in (archive, fastai_path("data") / archive.stem) if path.exists()]

@@ -101,8 +101,8 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
     """Rows of `images` to train on and to evaluate: (train, valid), lists of int.
 
     `valid_pct` cuts a stratified fraction off train (else the test split is evaluated); `subset` then keeps a
-    stratified part of that size of the rest. The same seed cuts the same rows. InputError where a split would be empty
-    or could not hold every class.
+    stratified part of that size of the rest, and of a split cut by `valid_pct` as large a share. The same seed cuts the
+    same rows. InputError where a split would be empty or could not hold every class.
     """
     check_values(valid_pct=valid_pct, split_seed=split_seed, subset=subset)
     rows, valid = np.arange(images.n_train), np.arange(images.n_train, len(images.labels))
@@ -110,7 +110,10 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
         n = len(rows) - round(valid_pct * len(rows))
         rows, valid = _cut(images, rows, n, split_seed, valid_pct=valid_pct)
     if subset is not None:
+        n_valid = max(len(images.classes), round(len(valid) * subset / len(rows)))
         rows, _ = _cut(images, rows, subset, split_seed, subset=subset)
+        if valid_pct is not None and n_valid < len(valid):  # a quick trial is quick; the test split is always whole
+            valid, _ = _cut(images, valid, n_valid, split_seed, subset=subset)
     return rows.tolist(), valid.tolist()
 
 
@@ -145,15 +148,20 @@ def augmentations(
     n_holes=1,
     max_holes=None,
     cutout_p=1.0,
+    size=32,
 ):
     """The train-time batch transforms for these settings, in order; transforms with a value of 0 are left out.
 
-    With `flip_by` "epoch" each image is mirrored in every other epoch, for any probability `flip` above 0. Raises
-    InputError for values out of range.
+    `size`: pixels a side of the images. With `flip_by` "epoch" each image is mirrored in every other epoch, for any
+    probability `flip` above 0. Raises InputError for values out of range.
     """
     check_values(**locals())
+    if cutout > size:
+        raise InputError(f"the images have {size} pixels a side", cutout=cutout)
+    if pad_mode == "reflect" and padding >= size:
+        raise InputError(f"more than a mirror image of {size} pixels a side", padding=padding)
     tfms = [
-        padding and RandomCrop(padding=padding, pad_mode=pad_mode),
+        padding and RandomCrop(size, padding, pad_mode),
         flip and (AlternatingFlip() if flip_by == "epoch" else RandomFlip(flip)),
         vflip and RandomVerticalFlip(vflip),
         rotate and RandomRotate(rotate),
@@ -165,7 +173,7 @@ def augmentations(
 def cifar_block(images, batch_tfms=(), splits=None):
     """A fastai `DataBlock` over the rows of `images`, an ImageSet; `splits` is (train rows, rows to evaluate).
 
-    Its batches are (x, y): x (B, 3, 32, 32) float, normalised with the data set's mean and std; y (B,) class ids.
+    Its batches are (x, y): x (B, 3, S, S) float, normalised with the data set's mean and std; y (B,) class ids.
     """
     store, splits = Store(images.images, images.labels), splits or split_rows(images)
     return DataBlock(
@@ -179,9 +187,18 @@ def cifar_block(images, batch_tfms=(), splits=None):
 
 
 def cifar_dls(
-    images="auto", bs=128, valid_pct=None, split_seed=42, subset=None, flip=None, device=None, val_bs=512, **augment
+    images="auto",
+    bs=128,
+    valid_pct=None,
+    split_seed=42,
+    subset=None,
+    flip=None,
+    device=None,
+    val_bs=512,
+    size=None,
+    **augment,
 ):
-    """DataLoaders over `images`: an ImageSet, or a name or path for `load_images`.
+    """DataLoaders over `images`: an ImageSet, or a name or path for `load_images`, which also takes `size`.
 
     `dls.train` is shuffled and augmented (`augment`: arguments of `augmentations`; `flip` is the data set's own by
     default); `dls.valid` is the test split, or with `valid_pct` a part of train. `dls.images` is the ImageSet,
@@ -189,16 +206,19 @@ def cifar_dls(
     """
     values = dict(bs=bs, valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip)
     values = check_values(**values)
-    augmentations(**augment)  # raises for wrong values before any image is loaded
-    images = images if isinstance(images, ImageSet) else load_images(images)
+    augmentations(size=128, **augment)  # raises for wrong values before any image is loaded
+    images = images if isinstance(images, ImageSet) else load_images(images, size=size)
+    if size not in (None, images.size):
+        raise InputError(f"the images have {images.size} pixels a side; `load_images` resizes them", size=size)
     splits, flip = split_rows(images, valid_pct, split_seed, subset), images.flip if flip is None else flip
     if bs > len(splits[0]):
         raise InputError(f"there are {len(splits[0])} images to train on", bs=bs)
-    block = cifar_block(images, augmentations(flip=flip, **augment), splits)
+    block = cifar_block(images, augmentations(flip=flip, size=images.size, **augment), splits)
     device = choose_device("auto" if device is None else device)
     dls = block.dataloaders(list(range(len(images.labels))), bs=bs, val_bs=val_bs, device=device)
     defaults = {name: parameter.default for name, parameter in signature(augmentations).parameters.items()}
-    dls.images, dls.settings = images, defaults | augment | values | dict(flip=flip)
+    size = None if images.size == 32 else images.size
+    dls.images, dls.settings = images, defaults | augment | values | dict(flip=flip, size=size)
     return dls
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's official batches: pickles, read as data.
+"""The official batches of CIFAR-10 and CIFAR-100: pickles, read as data.
 
 A pickle is a program. Here it can name seven functions of numpy and codecs, and none of them is called: each becomes a
 `_Call`, a record of the name and the arguments, from which arrays and text are made afterwards where they belong.
@@ -13,9 +13,14 @@ import numpy as np
 
 from cifar_fastai.data.sources import reading
 
-_PROBLEM = "not one of CIFAR-10's batches", "get the archive again"
+CIFAR100_MD5 = dict(  # as published
+    meta="7973b15100ade9c7d40fb424638fde48",
+    train="16019d7e3df5f24257cddd939b257f8d",
+    test="f0ef6b0ae62326f3e7ffdfab6717acfc",
+)
+_PROBLEM = "not one of CIFAR's batches", "get the archive again"
 _ROW = 3 * 32 * 32  # red, green, blue plane of one image
-_MAX_OPCODES = 500_000  # 20,000 rows, which fill a file of the largest size, need 250,000 in the oldest protocol
+_MAX_OPCODES = 500_000  # CIFAR-100's 50,000 rows need 350,000 in the oldest protocol
 _MAX_TUPLES = 100  # besides the arguments of calls; an array has three
 _MAX_TEXT = 255  # characters of a key or a name
 _FUNCTIONS = re.compile(
@@ -24,29 +29,32 @@ _FUNCTIONS = re.compile(
 _REUSABLE = re.compile("(EMPTY_)?(LIST|DICT)|.*GLOBAL|REDUCE|.*(STRING|UNICODE|BYTE).*")  # opcodes
 
 
-def read_batch(content, n_classes, where):
-    """`(images, labels)` of one batch: uint8 (N, 3, 32, 32) and int64 (N,). Raises InputError beginning with `where`.
+def read_batch(content, where, **n_classes):
+    """`(images, labels, ...)` of one batch: uint8 (N, 3, 32, 32), and int64 (N,) for each of the keys in `n_classes`.
 
+    `labels=10` in CIFAR-10, `fine_labels=100, coarse_labels=20` in CIFAR-100. Raises InputError beginning with `where`.
     The format: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009,
     https://www.cs.toronto.edu/~kriz/cifar.html.
     """
     with reading(where, *_PROBLEM):
         fields = _read_fields(content)
-        data, labels = _array(fields.get("data")), fields.get("labels")
+        data = _array(fields.get("data"))
         if data.ndim != 2 or data.shape[1] != _ROW or not len(data):
             raise ValueError(f"its data must be of shape (N, {_ROW}), and is {data.shape}")
-        is_list = isinstance(labels, list) and len(labels) == len(data)
-        if not is_list or not all(type(label) is int and 0 <= label < n_classes for label in labels):
-            raise ValueError(f"its labels must be a list of {len(data)} numbers in 0..{n_classes - 1}")
-        return data.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
+        for key, n in n_classes.items():
+            labels = fields.get(key)
+            is_list = isinstance(labels, list) and len(labels) == len(data)
+            if not is_list or not all(type(label) is int and 0 <= label < n for label in labels):
+                raise ValueError(f"its {key} must be a list of {len(data)} numbers in 0..{n - 1}")
+        return data.reshape(-1, 3, 32, 32), *(np.array(fields[key], dtype=np.int64) for key in n_classes)
 
 
-def read_label_names(content, where):
-    """The class names in `batches.meta`, in the order of the labels. Raises InputError beginning with `where`."""
+def read_label_names(content, where, key="label_names"):
+    """The class names in `batches.meta` or `meta`, in the order of the labels. InputError beginning with `where`."""
     with reading(where, *_PROBLEM):
-        names = [_text(name) for name in _read_fields(content).get("label_names", ())]
+        names = [_text(name) for name in _read_fields(content).get(key, ())]
         if len(set(names)) != len(names) or len(names) < 2 or not all(name.isprintable() for name in names):
-            raise ValueError("its label_names must be two or more, printable and different")
+            raise ValueError(f"its {key} must be two or more, printable and different")
         return names
 
 

@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from cifar_fastai.errors import InputError, printable, reason
 
 SPLITS = ("train", "test")
-BATCH_FILES = ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+BATCH_FILES = ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch")  # of CIFAR-10
+CIFAR100_FILES = ("meta", "train", "test")
 MARKS = {*SPLITS, *BATCH_FILES}  # names at the top of a data set
 MAX_FILES = 200_000
 MAX_TOTAL_BYTES = 2**30  # of an unpacked archive
@@ -28,7 +29,9 @@ _JUNK = {"__macosx", "thumbs.db", "desktop.ini"}  # left by file managers
 
 def open_source(path):
     """The `Folder` or `Archive` at `path`. Raises InputError."""
-    with reading(path or "''", "cannot be read", "give a folder, a .tgz or .tar archive, or auto, cifar10, digits"):
+    with reading(
+        path or "''", "cannot be read", "give a folder, a .tgz or .tar archive, or auto, cifar10, cifar100, digits"
+    ):
         mode = os.stat(path).st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             raise ValueError("neither a folder nor a file")
@@ -74,7 +77,7 @@ class Source:
         """A dict whose keys are names, tuples of their parts from a mark on."""
         top = (self.root,) if self.root else ()
         inside = {parts[len(top) :]: value for parts, value in self._members.items() if parts[: len(top)] == top}
-        return {name: value for name, value in inside.items() if MARKS.intersection(name[:1])}
+        return {name: value for name, value in inside.items() if name[0] in MARKS or name == ("meta",)}
 
     def read(self, name, max_bytes):
         """The content of a file. Raises InputError where it cannot be read or is larger than `max_bytes`."""
@@ -103,7 +106,9 @@ class Folder(Source):
                 children = sorted(child for child in os.listdir(folder) if not _is_hidden(child))
                 if not MARKS.intersection(parents):  # neighbours of any size do no harm
                     tops = [name for name in children if not parents and os.path.isdir(os.path.join(folder, name))]
-                    children = [child for child in children if child in MARKS] or tops
+                    children = (
+                        [child for child in children if child in {*MARKS, "meta"}] if MARKS & {*children} else tops
+                    )
                 for child in children:
                     parts, path = (*parents, child), os.path.join(folder, child)
                     info = os.stat(path)  # fails for a link to nowhere

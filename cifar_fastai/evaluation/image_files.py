@@ -10,13 +10,11 @@ import torch
 from fastai.vision.core import PILImage
 from PIL import Image, ImageOps
 
-from cifar_fastai.data.decode import rgb, upright
+from cifar_fastai.data.decode import MAX_PIXELS, SIZE, rgb, upright
 from cifar_fastai.errors import InputError, reason
 from cifar_fastai.evaluation.predictions import activation
 
-SIZE = 32  # pixels, of the images that the networks are trained on
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others include EPS, for which it runs Ghostscript
-MAX_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +22,10 @@ class ImagePrediction:
     """The prediction of a network for one image file."""
 
     file: Path
-    image: np.ndarray  # (32, 32, 3) uint8, the network's input before normalisation
+    image: np.ndarray  # (S, S, 3) uint8, the network's input before normalisation
     probs: np.ndarray  # (C,) float32
     classes: tuple[str, ...]  # C names
-    note: str | None  # how the picture became 32 x 32, if it had another size
+    note: str | None  # how the picture became S x S, if it had another size
 
     @property
     def top3(self):
@@ -35,8 +33,8 @@ class ImagePrediction:
         return [(self.classes[k], float(self.probs[k])) for k in np.argsort(-self.probs, kind="stable")[:3]]
 
 
-def load_image(file):
-    """(image, note): uint8 (32, 32, 3) of an image file of any size, and how it was resized, or None.
+def load_image(file, size=SIZE):
+    """(image, note): uint8 (size, size, 3) of an image file of any size, and how it was resized, or None.
 
     The EXIF orientation is applied, transparent pixels become white, an oblong picture is cropped to its central
     square, and an animation is its first frame. Raises InputError for what is no readable file in one of `FORMATS`.
@@ -55,10 +53,10 @@ def load_image(file):
         problem = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
         raise InputError(f"{file}: cannot be read ({problem}); use {', '.join(FORMATS)} files") from None
     (width, height), notes = image.size, [f"the first of {frames} pictures"] if frames > 1 else []
-    if (width, height) != (SIZE, SIZE):
+    if (width, height) != (size, size):
         how = "resized" if width == height else "cropped to its central square and resized"
-        notes.append(f"{width} x {height}, {how} to {SIZE} x {SIZE}")
-        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
+        notes.append(f"{width} x {height}, {how} to {size} x {size}")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image), ", ".join(notes) or None
 
 
@@ -79,7 +77,8 @@ def predict_files(learn, files):
     files = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if not files:
         raise InputError("no image files; name at least one", files=files)
-    images, notes = zip(*(load_image(file) for file in files), strict=True)
+    size = getattr(learn, "settings", {}).get("size") or SIZE
+    images, notes = zip(*(load_image(file, size) for file in files), strict=True)
     probs, classes = class_probs(learn, images), tuple(map(str, learn.dls.vocab))
     return [ImagePrediction(*row, classes, note) for *row, note in zip(files, images, probs, notes, strict=True)]
 

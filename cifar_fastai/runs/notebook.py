@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_fastai.data.images import DIGITS, FASTAI_SOURCE
+from cifar_fastai.data.images import CIFAR100_COARSE, DIGITS, FASTAI_SOURCE, NAMED
 from cifar_fastai.errors import InputError, renamed
 from cifar_fastai.plots.style import save_figure
 from cifar_fastai.runs.folder import make_folder
@@ -36,8 +36,9 @@ def write_run(learn, folder=None):
         return Path(folder) / "report.html"
     with renamed(out="folder"):
         folder = make_folder("notebook", folder)
-    place = "cifar10" if images.source == FASTAI_SOURCE else images.source
-    data = "digits" if images.name == DIGITS else place
+    names = {name: data for data, name in NAMED.items()} | {DIGITS: "digits"}
+    is_remote = "://" in images.source or images.source == FASTAI_SOURCE
+    data = names[images.name] if is_remote or images.name in (DIGITS, CIFAR100_COARSE) else images.source
     s = Settings(**{"seed": None, **learn.settings, "data": data, "epochs": len(history.rows)})
     if history.lrs and not _is_one_cycle(s, history, len(learn.dls.train)):
         s = replace(s, sched="none", lr=max(history.lrs))

@@ -11,6 +11,7 @@ import torch
 from fastai.callback.hook import hook_outputs
 
 from cifar_fastai.api import gradcam, predict
+from cifar_fastai.data.images import DIGITS
 from cifar_fastai.data.loaders import reported_dl
 from cifar_fastai.evaluation.gradcam import PER_CHANNEL, default_layer
 from cifar_fastai.evaluation.predictions import images_at
@@ -86,6 +87,8 @@ def _print_results(run, metrics, plain, split):
     print(f"\n{run.images.name}, {split} accuracy by class")
     for name, accuracy in plain.class_accuracy.items():
         print(f"  {name:<16} {'no images' if accuracy is None else f'{accuracy:>7.2%}'}")
+    if run.images.name == DIGITS and run.images.note:  # not what was asked for
+        print(f"*** {run.images.note} ***")
     print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {in_epochs(metrics['epochs'])})")
     if metrics["tta_accuracy"] is not None:
         note = "" if run.images.flip else " (their mirror images mean something else)"
@@ -123,9 +126,10 @@ def check_layers(learn, names, method="GradCAM", target="predicted"):
 
     Raises InputError for a layer that does not exist or has too small a map, and for an unknown method or class.
     """
-    layers = [name.strip() for name in names.split(",")] if names else [default_layer(learn)]
+    size = learn.dls.images.size
+    layers = [name.strip() for name in names.split(",")] if names else [default_layer(learn, size)]
     for layer in layers:
-        gradcam(learn, torch.zeros(0, 3, 32, 32), [] if target == "true" else target, layer, method)
+        gradcam(learn, torch.zeros(0, 3, size, size), [] if target == "true" else target, layer, method)
     return layers
 
 
@@ -164,7 +168,8 @@ def network_table(learn):
     model = copy.deepcopy(learn.model).eval()  # a copy has no hooks to remove, and is not compiled
     layers = {name: module for name, module in model.named_modules() if not list(module.children())}
     with torch.no_grad(), hook_outputs(layers.values()) as hooks:
-        model(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
+        size = learn.dls.images.size
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     rows = [("layer", "type", "output (C, H, W)", "parameters")]
     for (name, module), output in zip(layers.items(), hooks.stored, strict=True):
         if output is not None and not name.endswith("shortcut"):

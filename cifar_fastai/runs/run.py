@@ -25,7 +25,7 @@ from cifar_fastai.training.schedule import one_cycle_steps
 
 __all__ = ["Run", "build_run", "load_network", "load_run", "suit_data"]
 
-_AUGMENT = signature(augmentations).parameters.keys() - {"flip"}
+_AUGMENT = signature(augmentations).parameters.keys() - {"flip", "size"}
 _OPTIMIZATION = "opt", "momentum", "mom_min", "nesterov", "wd", "wd_bn_bias", "label_smoothing"
 _CALLBACKS = dict(l1=L1Penalty, clip=GradientClip, clip_value=ClipValue, mixup=MixUp, cutmix=CutMix, ema=WeightAverage)
 
@@ -133,7 +133,9 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     run is not finished, a file is damaged, or the images differ from those that it was trained with.
     """
     config, settings, device, precision, path = _read_run(folder, device, weights)
-    images = data if isinstance(data, ImageSet) else load_images(settings.data if data is None else data)
+    images = (
+        data if isinstance(data, ImageSet) else load_images(settings.data if data is None else data, size=settings.size)
+    )
     is_cifar10 = images.name == config.get("data_name") == CIFAR10  # earlier runs had them in the order of their files
     if images.fingerprint != config.get("data_fingerprint") and not is_cifar10:
         trained = f"not the images this run was trained with ({config.get('data_name')})"
@@ -151,7 +153,8 @@ def load_network(folder, device="auto"):
         if not config.get(name):
             raise InputError(f"{Path(folder) / 'config.json'}: holds no {name}")
     classes, n = tuple(config["classes"]), len(config["classes"])
-    pixels, labels = np.zeros((2 * n, 3, 32, 32), np.uint8), np.tile(np.arange(n), 2)
+    size, labels = settings.size or 32, np.tile(np.arange(n), 2)
+    pixels = np.zeros((2 * n, 3, size, size), np.uint8)
     about = dict(name=config["data_name"], source=config["data_source"], mean=config["mean"], std=config["std"])
     black = ImageSet(classes=classes, images=pixels, labels=labels, n_train=n, **about)
     dls = cifar_dls(black, bs=1, device=device)

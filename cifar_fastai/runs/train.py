@@ -4,13 +4,14 @@ import os
 import random
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cifar_fastai.data.images import COPIES, load_images
+from cifar_fastai.data.images import COPIES, DIGITS, load_images
 from cifar_fastai.errors import InputError, RunError, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
@@ -144,9 +145,11 @@ def _prepare_run(recipe, settings, overrides, device, precision=None, fingerprin
     precision, precision_reason = choose_precision(precision or settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    images = load_images(settings.data)
+    images = load_images(settings.data, size=settings.size)
     if images.note:
         print(f"\n*** {images.note} ***\n", flush=True)
+    if settings.data == "auto" and images.name == DIGITS:  # the run's own command, and a resumed run, use them again
+        settings, overrides = replace(settings, data=DIGITS), overrides | {"data": DIGITS}
     if fingerprint not in (None, images.fingerprint):
         raise InputError(f"{images.source}: the images have changed since the run began; it needs the same ones")
     for set_seed in random.seed, np.random.seed, torch.manual_seed:
@@ -169,8 +172,10 @@ def _print_header(run):
     compiled = "compiled" if run.compiled else "not compiled"
     classes, parameters = len(images.classes), run.n_parameters
     print(f"{name} on {images.name}: {sizes} of {classes} classes; {parameters:,} parameters")
-    copy = " (not CIFAR-10's own pixels: not comparable with published results)" if images.name in COPIES else ""
-    print(f"images: {images.source}{copy}")
+    resized = f", of {s.size} x {s.size} pixels (the shorter side resized, the centre cut)" if s.size else ""
+    print(f"images: {images.source}{resized}")
+    if images.name in COPIES:
+        print(f"{images.name}: {COPIES[images.name]}")
     print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
     print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
     print(f"files: {run.folder}", flush=True)
@@ -232,7 +237,9 @@ def _fitting_bs(run):
             torch.cuda.empty_cache()
         try:
             with autocast(run.device, run.precision):
-                out = learn.model.train().forward(torch.zeros(bs, 3, 32, 32, device=run.device))  # (bs, classes)
+                out = learn.model.train().forward(
+                    torch.zeros(bs, *run.images.images.shape[1:], device=run.device)
+                )  # (bs, classes)
             F.cross_entropy(out.float(), torch.zeros(bs, dtype=torch.long, device=run.device)).backward()
             return bs
         except (MemoryError, RuntimeError):
@@ -240,7 +247,10 @@ def _fitting_bs(run):
 
 
 def _compile(run):
-    start, batch = time.perf_counter(), torch.zeros(run.bs, 3, 32, 32, device=run.device)  # as in training
+    start, batch = (
+        time.perf_counter(),
+        torch.zeros(run.bs, *run.images.images.shape[1:], device=run.device),
+    )  # as in training
     failure = compile_model(run.learn.model, batch, autocast(run.device, run.precision))
     run.compiled = not failure
     run.write_config()

@@ -93,7 +93,8 @@ def cifar_learner(
     values = check_values(**values, **({} if isinstance(lr, slice) else {"lr": lr}))
     device = torch.device(dls.device)  # a DataBlock takes its name as well
     precision, _ = choose_precision(precision, device)
-    net = model if isinstance(model, nn.Module) else create_model(model, len(dls.vocab), width)
+    size = getattr(dls, "settings", {}).get("size") or 32
+    net = model if isinstance(model, nn.Module) else create_model(model, len(dls.vocab), width, size)
     net = net.to(device, memory_format=torch.channels_last) if channels_last else net.to(device)
     if "splitter" in kwargs:
         options["wd_bn_bias"] = True

@@ -1,6 +1,7 @@
 """The cache of decoded images: used again, rebuilt when damaged, shared by threads, and never in the way."""
 
 import os
+import runpy
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from platformdirs import macos, unix
 from tiny_data import CLASSES, TINY, encoded, random_pixels, tiny_files, without, write_folder, write_tar
 
 from cifar_fastai.data import cache, decode
 from cifar_fastai.data import images as data
 from cifar_fastai.data.images import load_images
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -26,9 +30,9 @@ def decodings(monkeypatch):
     """A list that grows by each decoding."""
     done = []
 
-    def count(source, progress):
+    def count(source, progress, size):
         done.append(source.path)
-        return decode.decode(source, progress)
+        return decode.decode(source, progress, size)
 
     monkeypatch.setattr(data, "decode", count)
     return done
@@ -165,17 +169,39 @@ def test_threads_at_once(pets, own_cache):
 @pytest.mark.parametrize(
     ("platform", "environment", "expected"),
     [
-        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/cifar_fastai"),
-        ("linux", {}, "~/.cache/cifar_fastai"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache/cifar_fastai"),
-        ("win32", {"LOCALAPPDATA": "/local", "XDG_CACHE_HOME": "/x"}, "/local/cifar_fastai"),
-        ("linux", {"CIFAR_FASTAI_CACHE": "/own", "XDG_CACHE_HOME": "/x"}, "/own"),
+        (unix.Unix, {"XDG_CACHE_HOME": "/x"}, "/x/cifar_fastai"),
+        (unix.Unix, {}, "~/.cache/cifar_fastai"),
+        (macos.MacOS, {}, "~/Library/Caches/cifar_fastai"),
+        (unix.Unix, {"CIFAR_FASTAI_CACHE": "/own", "XDG_CACHE_HOME": "/x"}, "/own"),
     ],
 )
 def test_cache_folder(monkeypatch, platform, environment, expected):
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "CIFAR_FASTAI_CACHE"):
+    for name in ("XDG_CACHE_HOME", "CIFAR_FASTAI_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cache.sys, "platform", platform)
+    monkeypatch.setattr("platformdirs.PlatformDirs", platform)
     assert cache.cache_folder() == Path(expected).expanduser()
+
+
+def test_the_recipe_lists_and_clears(pets, own_cache, capsys):
+    """All that is ours goes; a stranger's file in the folder stays."""
+    load_images(pets)
+    (own_cache / "downloads").mkdir()
+    (own_cache / "downloads" / "https%3A%2F%2Fhost%2Fa.tgz.part").write_bytes(bytes(3_000_000))
+    (own_cache / "v3-old.npz").write_bytes(b"of another version")
+    (own_cache / "notes.txt").write_bytes(b"a stranger's")
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr("sys.argv", ["data.py", *arguments])
+            runpy.run_path(str(ROOT / "recipes" / "data.py"), run_name="__main__")
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    out = run()
+    assert f"cache: {own_cache}" in out and f"pets, 10 images, from {pets}" in out
+    assert "3.0 MB  download from https://host/a.tgz.part" in out and "3.0 MB  in all" in out
+    assert run("list") == out and "removed" in run("clear")
+    assert [path.name for path in own_cache.rglob("*") if path.is_file()] == ["notes.txt"]
+    assert "0.0 MB  in all" in run()

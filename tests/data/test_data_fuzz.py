@@ -192,7 +192,7 @@ def test_batches_are_read_as_pickle_reads_them(value, protocol, n, fortran, as_t
     batch = {b"data": np.asfortranarray(data) if fortran else data, b"labels": list(range(n)), b"more": [value, value]}
     batch = {key.decode() if as_text else key: value for key, value in batch.items()}
     try:
-        images, labels = official.read_batch(pickle.dumps(batch, protocol), n, "b")
+        images, labels = official.read_batch(pickle.dumps(batch, protocol), "b", labels=n)
     except InputError as error:
         assert "parts used again" in str(error) or "more than 32 bits" in str(error)
     else:

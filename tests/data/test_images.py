@@ -1,8 +1,6 @@
 """`load_images`: names, numbers, digits, and CIFAR-10 from wherever it is."""
 
-import io
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_data import CLASSES, TINY, encoded, random_pixels, refused, tiny_files, write_folder, write_tar
+from tiny_data import CLASSES, TINY, encoded, random_pixels, tiny_files, write_folder, write_tar
 
-from cifar_fastai.data import cifar10
+from cifar_fastai.data import cifar10, download
 from cifar_fastai.data import images as data
 from cifar_fastai.data.images import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, load_images
 from cifar_fastai.errors import InputError
@@ -72,7 +70,7 @@ def test_other_pixels_are_not_served_as_cifar10(network, tmp_path, monkeypatch):
     fake = load_images(write_folder(tmp_path / "fake", tiny_files(CIFAR10_CLASSES, 2, 1)))
     assert fake.name == "CIFAR-10 (other pixels)"
     assert load_images("auto").name == "digits"
-    with pytest.raises(InputError, match="no network"):
+    with pytest.raises(InputError, match="Connection refused"):
         load_images("cifar10")
 
 
@@ -113,9 +111,6 @@ def test_digits():
     assert len(set(nearest[:1437]) & set(nearest[1437:])) == 0  # no image in both splits
 
 
-NOTE = r"CIFAR-10 is not available \(download of .*: no network\); scikit-learn's digits are used instead"
-
-
 def test_environment_sets_the_path_of_auto(tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10_PATH", str(write_folder(tmp_path / "pets", TINY)))
     assert load_images("auto").name == load_images(None).name == load_images().name == "pets"
@@ -128,63 +123,50 @@ def test_environment_sets_the_path_of_auto(tmp_path, monkeypatch):
 COPY = tiny_files(CIFAR10_CLASSES, 2, 1, top="cifar10/")
 
 
-class Network:
-    """fastai's folders, empty; CIFAR-10 has 30 images there. `error` is what a download ends in."""
-
-    error = OSError("no network")
-
-    def __init__(self, home, monkeypatch):
-        self.home = home
-        monkeypatch.setattr("fastai.data.external.fastai_path", lambda kind: home / kind)
-        monkeypatch.setattr("fastai.data.external.untar_data", self.untar_data)
-        monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: io.BytesIO())
-        count_as_cifar10(monkeypatch)
-
-    def untar_data(self, url):
-        print("a bar that floods a log")
-        if self.error:
-            raise self.error
-        return write_folder(self.home / "data", COPY) / "cifar10"
-
-
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    return Network(tmp_path / "fastai", monkeypatch)
+    """fastai's folder, empty; CIFAR-10 has 30 images here. No mirror can be reached."""
+    monkeypatch.setattr("fastai.data.external.fastai_path", lambda kind: tmp_path / "fastai" / kind)
+    monkeypatch.setitem(download.MIRRORS, "cifar10", ("http://127.0.0.1:9/cifar10.tgz",))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "CIFAR10_URL"):
+        monkeypatch.delenv(name, raising=False)
+    count_as_cifar10(monkeypatch)
+    return tmp_path / "fastai"
 
 
-def test_fastai_copy(network):
-    write_folder(network.home / "data", COPY)
+def test_fastai_copy(network, own_cache):
+    write_folder(network / "data", COPY)
     images = load_images("cifar10")
     assert (images.name, images.source, images.note) == ("CIFAR-10", "fastai URLs.CIFAR", None)
-    shutil.rmtree(network.home)
+    shutil.rmtree(network)
     assert load_images("auto").fingerprint == images.fingerprint  # from the cache
     assert load_images("auto").source == "fastai URLs.CIFAR"
+    (own_cache.parent / "file").write_bytes(b"")
+    write_folder(network / "data", COPY)
+    assert "cannot be kept" in load_images("cifar10", cache_dir=own_cache.parent / "file" / "cache").note
 
 
-def test_download(network, capsys):
-    refused("cifar10", "download of https://.*/cifar10.tgz: no network")
+def test_a_banner_names_each_place_and_how_to_go_on(network, own_cache):
+    write_folder(network / "data", COPY | {"cifar10/test/cat/0001.png": TINY["test/dog/0000.png"]})
+    refusal = f"CIFAR-10 is not available: {own_cache}: not in the cache; {network}/data/cifar10: 20 train and 11 test"
+    with pytest.raises(InputError, match=f"{refusal}.*; http://127.0.0.1:9/cifar10.tgz: Connection refused$"):
+        load_images("cifar10")
     for name in ("auto", None):
         images = load_images(name)
-        assert images.name == "digits" and re.fullmatch(NOTE, images.note)
-    network.error = None
-    assert load_images("auto").name == "CIFAR-10"
-    assert capsys.readouterr().out == ""
+        first, cache_line, copy_line, mirror_line, advice = images.note.split("\n")
+        assert images.name == "digits" and "scikit-learn's digits are used instead" in first
+        assert "127.0.0.1:9/cifar10.tgz: Connection refused" in mirror_line and "cifar10: 20 train and 11" in copy_line
+        assert all(word in advice for word in ("`data`", "CIFAR10_PATH", "CIFAR10_URL"))
 
 
 def test_fastai_archive_where_the_folder_is_incomplete(network):
-    write_folder(network.home / "data", dict(list(COPY.items())[:7]))
-    refused("cifar10", r"fastai's copy is not complete \(.*no images in test.*\); delete it")
+    write_folder(network / "data", dict(list(COPY.items())[:7]))
+    with pytest.raises(InputError, match="no images in test.*Connection refused"):
+        load_images("cifar10")
     assert load_images("auto").name == "digits"
-    (network.home / "archive").mkdir()
-    write_tar(network.home / "archive/cifar10.tgz", COPY)
+    (network / "archive").mkdir()
+    write_tar(network / "archive/cifar10.tgz", COPY)
     assert load_images("cifar10").name == "CIFAR-10"
-
-
-def test_fastai_copy_of_another_size(network):
-    write_folder(network.home / "data", COPY | {"cifar10/test/cat/0001.png": TINY["test/dog/0000.png"]})
-    for _ in range(2):  # the second time there is something in the cache
-        with pytest.raises(InputError, match="cifar10: 20 train and 11 test images"):
-            load_images("cifar10")
 
 
 def test_cifar10_that_was_read_from_a_path_serves_auto(tmp_path, network):
@@ -193,15 +175,14 @@ def test_cifar10_that_was_read_from_a_path_serves_auto(tmp_path, network):
     assert load_images("cifar10").source == str(tmp_path / "copy.tar.gz")
 
 
-def test_nothing_is_downloaded_from_a_host_that_does_not_answer(network, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr("fastai.data.external.URLs.CIFAR", "http://127.0.0.1:9/cifar10.tgz")
-    monkeypatch.setattr("fastai.data.external.fastai_path", lambda kind: network.home)
-    monkeypatch.setattr("fastai.data.external.untar_data", lambda url: os._exit(1))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="download of http://127.0.0.1:9/cifar10.tgz: Connection refused"):
-        load_images("cifar10", cache_dir=network.home)
+def test_a_copy_in_the_cache_does_not_pass_for_cifar10(network, monkeypatch):
+    """Not even where fastai's own folder holds it."""
+    count_as_cifar10(monkeypatch, is_official=False)
+    path = write_folder(network / "data", COPY) / "cifar10"
+    images = load_images(path)
+    assert images.name == "CIFAR-10 (other pixels)" and "cannot be compared with published" in repr(images)
+    with pytest.raises(InputError, match="but not CIFAR-10's"):
+        load_images("cifar10")
 
 
 def test_progress_on_a_terminal_or_in_a_notebook_only(tmp_path, own_cache, monkeypatch, capsys):

@@ -131,7 +131,7 @@ def test_subset_comes_out_of_what_the_split_left(tiny_images):
     [
         (dict(valid_pct=2), "valid_pct=2: must be above 0 and below 1"),
         (dict(bs=0), "bs=0: must be at least 1"),
-        (dict(cutout=64), "cutout=64: must be at least 0 and at most 32"),
+        (dict(cutout=129), "cutout=129: must be at least 0 and at most 128"),
         (dict(flip_by="turns"), "flip_by='turns': no such name"),
         (dict(split_seed=-1), "split_seed=-1"),
         (dict(subset=2.5), "subset=2.5: must be a whole number"),

@@ -56,7 +56,7 @@ def test_batches_by_python_2():
     pixels, labels = rng.integers(0, 256, (300, 3072), dtype=np.uint8), rng.integers(0, 10, 300).tolist()
     content = python2_batch(pixels, labels)
     assert np.array_equal(pickle.loads(content, encoding="bytes")[b"data"], pixels)  # the test's own batch is a pickle
-    rows, read_labels = official.read_batch(content, 10, "data_batch_1")
+    rows, read_labels = official.read_batch(content, "data_batch_1", labels=10)
     assert np.array_equal(rows, pixels.reshape(-1, 3, 32, 32)) and read_labels.tolist() == labels
 
 
@@ -85,7 +85,7 @@ def test_a_planted_pickle_is_refused_and_not_run(tmp_path, protocol, file):
     marker = tmp_path / "ran"
     content = pickle.dumps({b"data": Planted(marker), b"labels": [1], b"label_names": Planted(marker)}, protocol)
     folder = write_folder(tmp_path / "b", batch_files(**{file: content}))
-    refused(folder, rf"{file}: not one of CIFAR-10's batches \(it asks for \S+ system")
+    refused(folder, rf"{file}: not one of CIFAR's batches \(it asks for \S+ system")
     assert not marker.exists()
     pickle.loads(content)  # it would have run
     assert marker.exists()
@@ -96,7 +96,7 @@ def test_a_planted_pickle_is_refused_and_not_run(tmp_path, protocol, file):
 )
 def test_nothing_but_arrays_is_provided(name):
     with pytest.raises(InputError, match=f"it asks for {name}"):
-        official.read_batch(f"c{name.replace(' ', chr(10))}\n(S'1'\ntR.".encode(), 10, "b")
+        official.read_batch(f"c{name.replace(' ', chr(10))}\n(S'1'\ntR.".encode(), "b", labels=10)
 
 
 def doubled_tuples(n, before=b""):
@@ -148,8 +148,8 @@ STRANGE = {
 @pytest.mark.parametrize("case", STRANGE)
 def test_other_pickles_are_refused_and_fill_no_memory(case):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match="^b: not one of CIFAR-10's batches") as refusal:
-        official.read_batch(STRANGE[case], 10, "b")
+    with pytest.raises(InputError, match="^b: not one of CIFAR's batches") as refusal:
+        official.read_batch(STRANGE[case], "b", labels=10)
     assert str(refusal.value).isprintable()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # 512 MB
 
@@ -167,7 +167,7 @@ BAD_BATCHES = {
     **{f"labels {labels}": (BATCH | {b"labels": labels}, LABELS) for labels in BAD_LABELS},
     "label huge": (BATCH | {b"labels": [1, 2, 1, 10**300]}, "integers of more than 32 bits"),
     "a list": ([1, 2], "no dictionary"),
-    "cut": (batch_files()["data_batch_1"][:-500], "not one of CIFAR-10's batches"),
+    "cut": (batch_files()["data_batch_1"][:-500], "not one of CIFAR's batches"),
 }
 
 
@@ -180,7 +180,7 @@ def test_bad_batches(tmp_path, case):
 @pytest.mark.parametrize("names", [[b"cat"], [b"cat", b"cat"], [b"cat\n", b"dog"], [b"", b"x"], [b"x" * 256, b"y"]])
 def test_bad_label_names(tmp_path, names):
     changes = {"batches.meta": {b"label_names": names}}
-    refused(write_folder(tmp_path / "b", batch_files(**changes)), "batches.meta: not one of CIFAR-10's batches")
+    refused(write_folder(tmp_path / "b", batch_files(**changes)), "batches.meta: not one of CIFAR's batches")
 
 
 @pytest.mark.parametrize("name", ["batches.meta", "data_batch_5", "test_batch"])

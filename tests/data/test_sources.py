@@ -80,7 +80,10 @@ def test_bad_folder_and_archive(tmp_path, monkeypatch, case):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing", "missing: cannot be read .*; give a folder, a .tgz or .tar archive, or auto, cifar10, digits"),
+        (
+            "missing",
+            "missing: cannot be read .*; give a folder, a .tgz or .tar archive, or auto, cifar10, cifar100, digits",
+        ),
         ("", "^'': cannot be read"),
         ("a\0b", r"a\\x00b: cannot be read \(embedded null byte\)"),
         ("x" * 5000, r"xxx\.\.\.xxx+: cannot be read \(File name too long\)"),

@@ -79,6 +79,23 @@ def batch_files(n=4, protocol=2, names=CIFAR10_CLASSES, **changes):
     return {k: v if isinstance(v, bytes) else pickle.dumps(v, protocol) for k, v in content.items()}
 
 
+def cifar100_files(n=300, protocol=2, **changes):
+    """CIFAR-100's files in the official format, `n` train and `n` // 2 test images; `changes` replaces files."""
+    rng = np.random.default_rng(0)
+    names = {b"fine_label_names": [f"class{k:02}" for k in range(100)]}
+    content = {"meta": names | {b"coarse_label_names": [f"super{k:02}" for k in range(20)]}}
+    for name, size in ("train", n), ("test", n // 2):
+        labels = [k % 100 for k in range(size)]
+        content[name] = {
+            b"filenames": [f"{k}.png".encode() for k in range(size)],
+            b"batch_label": b"training batch 1 of 1",
+            b"fine_labels": labels,
+            b"coarse_labels": [7 * label % 20 for label in labels],
+            b"data": rng.integers(0, 256, (size, 3072), dtype=np.uint8),
+        }
+    return {name: pickle.dumps(value, protocol) for name, value in (content | changes).items()}
+
+
 def refused(path, message):
     """Assert that `path` is refused with one line that matches, and nothing cached."""
     with pytest.raises(InputError, match=message) as refusal:
