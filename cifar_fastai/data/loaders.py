@@ -113,7 +113,8 @@ def split_rows(images, valid_pct=None, split_seed=42, subset=None):
         n_valid = max(len(images.classes), round(len(valid) * subset / len(rows)))
         rows, _ = _cut(images, rows, subset, split_seed, subset=subset)
         if valid_pct is not None and n_valid < len(valid):  # a quick trial is quick; the test split is always whole
-            valid, _ = _cut(images, valid, n_valid, split_seed, subset=subset)
+            with suppress(InputError):  # a class of too few images: all are kept
+                valid, _ = _cut(images, valid, n_valid, split_seed, subset=subset)
     return rows.tolist(), valid.tolist()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_data import CLASSES, TINY, encoded, random_pixels, tiny_files, write_folder, write_tar
 
 from cifar_fastai.data import cifar10, download
@@ -74,6 +75,43 @@ def test_other_pixels_are_not_served_as_cifar10(network, tmp_path, monkeypatch):
         load_images("cifar10")
 
 
+COPY = tiny_files(CIFAR10_CLASSES, 2, 1, top="cifar10/")
+SIZES = [(20, 30), (45, 45), (32, 32), (64, 40)]  # width, height
+
+
+def test_images_of_any_size(tmp_path):
+    """The shorter side is resized, then the centre is cut, as Pillow does it; the cache does not mix sizes up."""
+    blurs = [Image.fromarray(random_pixels(k, (4, 4))) for k in range(10)]
+    photos = [blur.resize(SIZES[k % 4], Image.Resampling.BICUBIC) for k, blur in enumerate(blurs)]
+    folder = write_folder(tmp_path / "a", {name: encoded(photos[k]) for k, name in enumerate(TINY)})
+    for size in (48, 32, 48):
+        images = load_images(folder, size=size)
+        assert images.images.shape == (10, 3, size, size) and images.size == size
+        for photo, pixels in zip(photos, images.images, strict=True):
+            short = size / min(photo.size)
+            near = photo.resize([round(short * side) for side in photo.size], Image.Resampling.BICUBIC)
+            left, top = ((side - size) // 2 for side in near.size)
+            cut = np.asarray(near.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+            assert np.abs(cut.astype(int) - pixels).mean() < 5
+        assert np.allclose(images.mean, images.train_images.mean((0, 2, 3)) / 255, atol=1e-6)
+    refused_without_size = "20x30 pixels; every image must be 32x32, or `size` resizes them"
+    with pytest.raises(InputError, match=refused_without_size):
+        load_images(folder)
+    with pytest.raises(InputError, match="size=8: must be at least 16"):
+        load_images(folder, size=8)
+
+
+def test_a_data_set_is_recognised_before_it_is_resized(tmp_path, monkeypatch):
+    count_as_cifar10(monkeypatch)
+    images = load_images(write_folder(tmp_path / "a", COPY), size=64)
+    assert (images.name, images.size) == ("CIFAR-10", 64) and images.mean != CIFAR10_MEAN
+    plain = load_images("cifar10")
+    assert plain.size == 32 and load_images("cifar10", size=64).fingerprint == images.fingerprint
+    enlarged = Image.fromarray(plain.images[7].transpose(1, 2, 0)).resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.array_equal(images.images[7], np.asarray(enlarged).transpose(2, 0, 1))
+    assert load_images("digits", size=16).images.shape == (1797, 3, 16, 16)
+
+
 @pytest.mark.parametrize("name", ["CIFAR-10", "digits"])
 def test_a_folder_does_not_get_a_reserved_name(tmp_path, name):
     images = load_images(write_folder(tmp_path / name, TINY))
@@ -118,9 +156,6 @@ def test_environment_sets_the_path_of_auto(tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10_PATH", str(tmp_path / "gone"))
     with pytest.raises(InputError, match=r"gone: cannot be read .* \(the environment variable CIFAR10_PATH names it\)"):
         load_images()
-
-
-COPY = tiny_files(CIFAR10_CLASSES, 2, 1, top="cifar10/")
 
 
 @pytest.fixture

@@ -120,10 +120,26 @@ def test_cuts_that_would_lose_a_class(tiny_images, n, options, parts):
     assert len(split_rows(replace(tiny_images, labels=labels))[0]) == 48
 
 
-def test_subset_comes_out_of_what_the_split_left(tiny_images):
-    train, valid = split_rows(tiny_images, valid_pct=0.25, subset=9)
-    assert len(train) == 9 and not set(train) & set(valid)
-    assert np.bincount(tiny_images.labels[train]).tolist() == [3, 3, 3]
+def test_subset_comes_out_of_what_the_split_left_and_cuts_validation_in_proportion(tiny_images):
+    whole = split_rows(tiny_images, valid_pct=0.25)
+    train, valid = split_rows(tiny_images, valid_pct=0.25, subset=18)  # of 36, with 12 for validation
+    assert set(train) < set(whole[0]) and set(valid) < set(whole[1])
+    assert np.bincount(tiny_images.labels[train]).tolist() == [6, 6, 6]
+    assert np.bincount(tiny_images.labels[valid]).tolist() == [2, 2, 2]
+    assert len(split_rows(tiny_images, valid_pct=0.25, subset=3)[1]) == 3  # each class is left
+    assert len(split_rows(tiny_images, subset=9)[1]) == 18  # the test split is whole
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(cutout=33), "cutout=33: the images have 32 pixels a side"),
+        (dict(size=48), "size=48: the images have 32 pixels a side"),
+    ],
+)
+def test_what_is_larger_than_the_images(tiny_images, options, message):
+    with pytest.raises(InputError, match=message):
+        cifar_dls(tiny_images, bs=8, **options)
 
 
 @pytest.mark.parametrize(
