@@ -77,7 +77,7 @@ def explain_files(learn, files, layer=None, method="GradCAM", target="predicted"
     images = np.stack([item.image for item in predictions])
     predicted, confidence = zip(*(item.top3[0] for item in predictions), strict=True)
     targets = [int(item.probs.argmax()) for item in predictions] if target == "predicted" else target
-    x = image_batch(learn, images)  # (N, 3, 32, 32)
+    x = image_batch(learn, images)  # (N, 3, S, S)
     heatmaps = [gradcam(learn, x, targets, name, method) for name in listify(layer) or [None]]
     classes = predictions[0].classes
     return plot_gradcam(images, heatmaps, [None] * len(images), predicted, confidence, alpha, classes=classes)

@@ -63,7 +63,7 @@ def test_files_need_no_data_set(run, photo, tiny_folder, tmp_path, monkeypatch, 
     moved = shutil.move(run, tmp_path / "moved")
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("cifar_fastai.runs.run.load_images", lambda *_: pytest.fail("the images were read"))
+        patch.setattr("cifar_fastai.runs.run.load_images", lambda *_, **__: pytest.fail("the images were read"))
         picture = explain_run(moved, [photo], layer="layer1", out=tmp_path / "why.png")
     text = capsys.readouterr().out
     assert picture.exists() and "photo.jpg" in text and "640 x 427, cropped" in text
