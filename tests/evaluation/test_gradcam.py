@@ -381,3 +381,9 @@ def test_on_a_gpu(net, x, method):
         heat = gradcam(net.cuda(), x, 0, method=method)
     np.testing.assert_allclose(heat.maps, expected.maps, atol=1e-2)
     assert (heat.negligible == expected.negligible).all()
+
+
+@pytest.mark.parametrize("size, layer", [(16, "layer2"), (32, "layer3"), (64, "layer4")])
+def test_the_default_layer_follows_the_size_of_the_images(size, layer):
+    """The deepest map of at least five pixels."""
+    assert default_layer(resnet18(10, 8), size).split(".")[0] == layer

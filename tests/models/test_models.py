@@ -135,3 +135,20 @@ def test_forward_is_the_sum_it_should_be(factory, by_hand, size):
                 value.data.uniform_(0.5, 1.5)
     with torch.no_grad():
         torch.testing.assert_close(net(x), by_hand(net, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [16, 48, 128])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_resnets_take_images_of_any_size(name, size):
+    model = on_paper(create_model, name, 10, 16, size)
+    assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
+
+
+def test_custom_resnet_says_what_it_needs():
+    for size in (32, 63):
+        assert on_paper(create_model, "custom_resnet", 10, 16, size)(
+            torch.empty(2, 3, size, size, device="meta")
+        ).shape == (2, 10)
+    for size in (31, 64):
+        with pytest.raises(InputError, match=f"needs images of 32 to 63 pixels a side, not {size}"):
+            create_model("custom_resnet", size=size)
