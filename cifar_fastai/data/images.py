@@ -57,10 +57,10 @@ class ImageSet:
     coarse: tuple[str, ...] | None = None  # CIFAR-100: the name of each class's superclass
 
     def __repr__(self):
-        """One line, and the note or what a copy means for comparisons: a notebook shows it."""
+        """One line, and the note where there is one: a notebook shows it."""
         sizes = f"{self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes"
         about = f"{self.name}: {sizes}, from {Path(self.source).name}"
-        return "\n".join(filter(None, (about, self.note, COPIES.get(self.name))))
+        return f"{about}\n{self.note}" if self.note else about
 
     @cached_property
     def fingerprint(self):
@@ -138,7 +138,7 @@ def stratified_cut(labels, rows, n, seed):
 
 def _load_path(path, cache_dir, progress, size=None, address=None, name=None):
     """The data set in a folder or archive, from the cache where it has been decoded before; `name`: what it must be."""
-    source, address, note = open_source(os.path.expanduser(path)), printable(address or path), None
+    source, address = open_source(os.path.expanduser(path)), printable(address or path)
     key = source.key()
     resized_key = hashlib.sha256(f"{key} {size}".encode()).hexdigest()
     fields = cache.load(cache_dir, key) or (cache.load(cache_dir, resized_key) if size else None)
@@ -149,6 +149,7 @@ def _load_path(path, cache_dir, progress, size=None, address=None, name=None):
     if name not in (None, fields["name"]):
         n, n_train = len(fields["labels"]), fields["n_train"]
         raise InputError(f"{printable(path)}: {n_train:,} train and {n - n_train:,} test images, but not {name}'s")
+    note = f"{fields['name']}: {COPIES[fields['name']]}" if fields["name"] in COPIES else None
     try:
         if is_new:
             cache.store(cache_dir, key, fields | {"source": address})
@@ -200,8 +201,11 @@ def _load_named(data, cache_dir, progress):
     name = NAMED[data]
     if images := _load_cached(name, cache_dir):
         return images
-    failures, folder = [f"{printable(cache_dir)}: not in the cache"], cache_dir / "downloads"
-    for path in _fastai_copies() if data == "cifar10" else ():
+    copies, folder = _fastai_copies() if data == "cifar10" else [], cache_dir / "downloads"
+    failures = [f"{printable(cache_dir)}: not in the cache"]
+    if data == "cifar10" and not copies:
+        failures.append("fastai's folder: no copy")
+    for path in copies:
         try:
             return _load_path(path, cache_dir, progress, None, FASTAI_SOURCE, name)
         except InputError as error:
@@ -215,7 +219,7 @@ def _load_named(data, cache_dir, progress):
                 try:
                     return _fetch(url, folder, cache_dir, progress, name)
                 except InputError as error:
-                    failures.append(f"{printable(url)}: {error}")
+                    failures.append(f"{printable(_public(url))}: {error}")
     except OSError as error:
         problem = f"cannot be written ({reason(error)}); CIFAR_FASTAI_CACHE names another folder"
         failures.append(f"{printable(folder)}: {problem}")
@@ -233,13 +237,18 @@ def _fetch(url, folder, cache_dir, progress, name):
     """The images of the archive at `url`. InputError where it does not arrive, or is not what it should be."""
     archive = download(url, folder, progress)
     try:
-        images = _load_path(archive, cache_dir, progress, None, url, name)
+        images = _load_path(archive, cache_dir, progress, None, _public(url), name)
     except InputError:
         os.replace(archive, archive.with_name(f"{archive.name}.wrong"))
         raise
     if not images.note:  # it is in the cache now
         archive.unlink()
     return images
+
+
+def _public(url):
+    """An address without its query, which may hold a key."""
+    return url.partition("?")[0]
 
 
 def _fastai_copies():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cifar_fastai.data.images import COPIES, DIGITS, load_images
+from cifar_fastai.data.images import DIGITS, load_images
 from cifar_fastai.errors import InputError, RunError, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
@@ -174,8 +174,6 @@ def _print_header(run):
     print(f"{name} on {images.name}: {sizes} of {classes} classes; {parameters:,} parameters")
     resized = f", of {s.size} x {s.size} pixels (the shorter side resized, the centre cut)" if s.size else ""
     print(f"images: {images.source}{resized}")
-    if images.name in COPIES:
-        print(f"{images.name}: {COPIES[images.name]}")
     print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
     print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
     print(f"files: {run.folder}", flush=True)

@@ -160,6 +160,10 @@ def test_ones_own_mirror_comes_first(server, monkeypatch, tmp_path):
     server.mirrors("forbidden")
     monkeypatch.setenv("CIFAR10_URL", f"{server.base}/own/repacked.tar.gz")
     assert load_images("cifar10").source.endswith("/own/repacked.tar.gz") and len(server.log) == 1
+    monkeypatch.setenv("CIFAR10_URL", f"{server.base}/forbidden/a.tgz?key=secret")
+    with pytest.raises(InputError, match="/forbidden/a.tgz: HTTP Error 403") as refusal:
+        load_images("cifar10", cache_dir=tmp_path / "empty")
+    assert "secret" not in str(refusal.value) and any("secret" in path for path, *_ in server.log)
     monkeypatch.setenv("CIFAR10_URL", (tmp_path / "official.tgz").as_uri())
     assert load_images("cifar10", cache_dir=tmp_path / "empty").source.startswith("file://")
 

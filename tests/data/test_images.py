@@ -1,5 +1,6 @@
 """`load_images`: names, numbers, digits, and CIFAR-10 from wherever it is."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from tiny_data import CLASSES, TINY, encoded, random_pixels, tiny_files, write_f
 from cifar_fastai.data import cifar10, download
 from cifar_fastai.data import images as data
 from cifar_fastai.data.images import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, load_images
+from cifar_fastai.data.sources import open_source
 from cifar_fastai.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,10 @@ def test_cifar10_is_named_by_its_content(tmp_path, monkeypatch, kind, is_officia
     files = {name: encoded(random_pixels(seed), kind) for seed, name in enumerate(files)}
     images = load_images(write_folder(tmp_path / "anything", files))
     assert images.name == name
+    comparison = {"CIFAR-10": "", "CIFAR-10 (JPEG copy)": "on this copy only"}.get(
+        name, "cannot be compared with published"
+    )
+    assert comparison in (images.note or "") and bool(images.note) == bool(comparison)
     assert (images.mean, images.std, images.classes) == (CIFAR10_MEAN, CIFAR10_STD, CIFAR10_CLASSES)
     del files["train/cat/0000.png"]
     images = load_images(write_folder(tmp_path / "less", files))
@@ -245,16 +251,28 @@ def test_importing_it_is_light():
 
 
 REAL = os.environ.get("CIFAR10_PATH")
+PUBLISHED_MD5 = dict(
+    data_batch_1="c99cafc152244af753f735de768cd75f",
+    data_batch_2="d4bba439e000b95fd0a9bffe97cbabec",
+    data_batch_3="54ebc095f3ab1f0389bbae665268c751",
+    data_batch_4="634d18415352ddfa80567beed471001a",
+    data_batch_5="482c414d41f54cd18b22e5b47cb7c3cb",
+    test_batch="40351d587109b95175f43aff81a1287e",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="CIFAR10_PATH does not name a copy of CIFAR-10")
 def test_real_cifar10():
     images = load_images(REAL)
-    assert images.name in ("CIFAR-10", "CIFAR-10 (JPEG copy)") and images.note is None
+    assert images.name == "CIFAR-10" and images.note is None or images.name == "CIFAR-10 (JPEG copy)"
     assert (images.n_train, images.n_test, images.classes) == (50_000, 10_000, CIFAR10_CLASSES)
     assert np.bincount(images.train_labels).tolist() == [5000] * 10
     assert np.bincount(images.test_labels).tolist() == [1000] * 10
+    source = open_source(REAL)
+    if ("test_batch",) in source.files:
+        batches = {name: hashlib.md5(source.read((name,), 2**26)).hexdigest() for name in PUBLISHED_MD5}
+        assert (batches == PUBLISHED_MD5) == (images.name == "CIFAR-10")
     if images.name == "CIFAR-10":  # in any order of its files, but not with another pixel
         rng = np.random.default_rng(0)
         order = np.concatenate([rng.permutation(50_000), 50_000 + rng.permutation(10_000)])

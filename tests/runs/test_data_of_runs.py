@@ -74,7 +74,7 @@ def test_digits_in_the_place_of_cifar10_say_so_twice_and_stay_digits(tiny, tmp_p
     out = capsys.readouterr().out
     banner = f"*** {whole.images.note} ***"
     places = [out.rindex(text) for text in (banner, "test accuracy")]
-    assert out.count(banner) == 3 and whole.images.note.count("\n") == 3
+    assert out.count(banner) == 3 and whole.images.note.count("\n") == 4
     assert out.index(banner) < out.index("train loss") < places[0] < places[1]
     assert history(resumed.folder) == history(whole.folder)
     config = read_json(whole.folder / "config.json")
