@@ -36,9 +36,12 @@ FASTAI_SOURCE = "fastai URLs.CIFAR"
 class NotAvailable(InputError):
     """An official data set is in none of the places; `failures` says for each one why."""
 
-    def __init__(self, name, failures):
-        super().__init__(f"{name} is not available: {'; '.join(failures)}")
-        self.failures = failures
+    def __init__(self, data, failures):
+        self.failures, self.advice = (
+            failures,
+            f"name its archive or folder by `data`, or an address by {data.upper()}_URL",
+        )
+        super().__init__(f"{NAMED[data]} is not available: {'; '.join(failures)}; {self.advice}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +112,11 @@ def load_images(data="auto", cache_dir=None, progress=True, size=None):
             raise InputError(f"{error} (the environment variable CIFAR10_PATH names it)") from None
         if data != "auto":
             raise
-        advice = "name its archive or folder by `data` or CIFAR10_PATH, or the address of an archive by CIFAR10_URL"
         lines = f"{CIFAR10} is not available, so scikit-learn's digits are used instead:", *error.failures
-        images = replace(_load_digits(), note="\n  ".join(lines) + f"\nTo use {CIFAR10}, {advice}.")
+        images = replace(
+            _load_digits(),
+            note="\n  ".join(lines) + f"\nTo use {CIFAR10}, {error.advice}; CIFAR10_PATH sets the default of `data`.",
+        )
     if size in (None, images.size):
         return images
     pixels = resize(images.images, size, progress)
@@ -223,7 +228,7 @@ def _load_named(data, cache_dir, progress):
     except OSError as error:
         problem = f"cannot be written ({reason(error)}); CIFAR_FASTAI_CACHE names another folder"
         failures.append(f"{printable(folder)}: {problem}")
-    raise NotAvailable(name, failures)
+    raise NotAvailable(data, failures)
 
 
 def _load_cached(name, cache_dir):

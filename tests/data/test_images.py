@@ -190,7 +190,9 @@ def test_fastai_copy(network, own_cache):
 def test_a_banner_names_each_place_and_how_to_go_on(network, own_cache):
     write_folder(network / "data", COPY | {"cifar10/test/cat/0001.png": TINY["test/dog/0000.png"]})
     refusal = f"CIFAR-10 is not available: {own_cache}: not in the cache; {network}/data/cifar10: 20 train and 11 test"
-    with pytest.raises(InputError, match=f"{refusal}.*; http://127.0.0.1:9/cifar10.tgz: Connection refused$"):
+    with pytest.raises(
+        InputError, match=f"{refusal}.*; http://127.0.0.1:9/cifar10.tgz: Connection refused; name its archive"
+    ):
         load_images("cifar10")
     for name in ("auto", None):
         images = load_images(name)
