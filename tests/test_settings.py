@@ -164,6 +164,9 @@ def test_other_recipes_refuse_too(command, recipe, arguments, message):
         ("--valid-pct 0.01", "--valid-pct 0.01: there are 48 images to train on, and cutting them into 48 and 0 would"),
         ("--valid-pct 0.99", "--valid-pct 0.99: there are 48 images to train on, and cutting them into 0 and 48 would"),
         ("--data nowhere", "nowhere"),
+        ("--cutout 33", "--cutout 33: the images have 32 pixels a side"),
+        ("--size 16 --padding 16", "--padding 16: more than a mirror image of 16 pixels a side"),
+        ("--size 64 --model custom_resnet", "--model custom_resnet: needs images of 32 to 63 pixels a side, not 64"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(command, tiny_folder, arguments, message):

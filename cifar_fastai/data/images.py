@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -113,10 +114,8 @@ def load_images(data="auto", cache_dir=None, progress=True, size=None):
         if data != "auto":
             raise
         lines = f"{CIFAR10} is not available, so scikit-learn's digits are used instead:", *error.failures
-        images = replace(
-            _load_digits(),
-            note="\n  ".join(lines) + f"\nTo use {CIFAR10}, {error.advice}; CIFAR10_PATH sets the default of `data`.",
-        )
+        advice = f"To use {CIFAR10}, {error.advice}; CIFAR10_PATH sets the default of `data`."
+        images = replace(_load_digits(), note="\n  ".join(lines) + f"\n{advice}")
     if size in (None, images.size):
         return images
     pixels = resize(images.images, size, progress)
@@ -258,7 +257,9 @@ def _public(url):
 
 def _fastai_copies():
     """The paths of fastai's own copies of CIFAR-10, archive first."""
-    from fastai.data.external import URLs, fastai_path
+    with suppress(Exception):  # fastai makes a folder for its configuration, where it may not be allowed to
+        from fastai.data.external import URLs, fastai_path
 
-    archive = fastai_path("archive") / URLs.CIFAR.rsplit("/", 1)[-1]
-    return [path for path in (archive, fastai_path("data") / archive.stem) if path.exists()]
+        archive = fastai_path("archive") / URLs.CIFAR.rsplit("/", 1)[-1]
+        return [path for path in (archive, fastai_path("data") / archive.stem) if path.exists()]
+    return []

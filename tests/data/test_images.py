@@ -202,6 +202,14 @@ def test_a_banner_names_each_place_and_how_to_go_on(network, own_cache):
         assert all(word in advice for word in ("`data`", "CIFAR10_PATH", "CIFAR10_URL"))
 
 
+def test_a_folder_of_fastais_that_cannot_be_made_is_no_harm(network, monkeypatch):
+    def fail(kind):
+        raise PermissionError(13, "Permission denied", "/home/.fastai")
+
+    monkeypatch.setattr("fastai.data.external.fastai_path", fail)
+    assert "fastai's folder: no copy" in load_images("auto").note
+
+
 def test_fastai_archive_where_the_folder_is_incomplete(network):
     write_folder(network / "data", dict(list(COPY.items())[:7]))
     with pytest.raises(InputError, match="no images in test.*Connection refused"):
