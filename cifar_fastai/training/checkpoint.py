@@ -74,7 +74,7 @@ class Checkpoint(FitCallback):
         names = {cb: getattr(type(cb), "saved", trackers[cb]) for cb in self.learn.cbs}
         parts = {cb.name: {name: getattr(cb, name) for name in names[cb]} for cb in self.learn.cbs}
         return {
-            callback: {name: _plain(v.state_dict() if hasattr(v, "state_dict") else v) for name, v in values.items()}
+            callback: {name: plain(v.state_dict() if hasattr(v, "state_dict") else v) for name, v in values.items()}
             for callback, values in parts.items()
             if values
         }
@@ -92,7 +92,7 @@ class Checkpoint(FitCallback):
         if opt is self.opt:  # fastai's own optimizers leave tensors where they are
             opt.load_state_dict(to_device(saved, self.dls.device))
             return
-        if not _is_like(saved["param_groups"], _plain(opt.state_dict()["param_groups"])):
+        if not _is_like(saved["param_groups"], plain(opt.state_dict()["param_groups"])):
             raise ValueError("the optimizer's parameter groups differ")
         ids = [k for group in saved["param_groups"] for k in group["params"]]
         params = dict(zip(ids, (p for group in opt.param_groups for p in group["params"]), strict=True))
@@ -111,18 +111,18 @@ class Checkpoint(FitCallback):
         learn, history = self.learn, self.learn.history
         raw = None if finished else getattr(getattr(learn, "weight_average", None), "raw", None)
         state = dict(version=_VERSION, epoch=self.epoch + 1, finished_epochs=finished, train_iter=self.train_iter)
-        state |= dict(model=dict(raw or self.model.state_dict()), opt=_plain(torch_optimizer(self.opt).state_dict()))
+        state |= dict(model=dict(raw or self.model.state_dict()), opt=plain(torch_optimizer(self.opt).state_dict()))
         state |= dict(random=random_states(self.dls), callbacks=self._callback_states())
         state |= dict(rows=history.rows, lrs=history.lrs, moms=history.moms)
         save_torch(self.path, state | self.meta)
 
 
-def _plain(value):
+def plain(value):
     """`value` with numpy's scalars as Python's and fastai's lists as Python's, which weights_only=True takes."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, L)):
-        return (tuple if isinstance(value, tuple) else list)(_plain(item) for item in value)
+        return (tuple if isinstance(value, tuple) else list)(plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
 
 

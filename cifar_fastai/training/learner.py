@@ -54,7 +54,7 @@ class CifarLearner(Learner):
         self.fit(n_epoch, wd=wd, cbs=[scheduler, *L(kwargs.pop("cbs", None))], **kwargs)
 
     def _do_fit(self):  # as fastai's, but for the epochs that a checkpoint restores: no event tells of them
-        for epoch in range(sum(cb.first_epoch for cb in self._grab_cbs(Checkpoint)), self.n_epoch):
+        for epoch in range(sum(cb.first_epoch for cb in self._grab_cbs(Checkpoint) if cb.run), self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
