@@ -106,6 +106,9 @@ class KeepRun(Checkpoint):
             print(f"going on with {folder} after epoch {n} of {self.n_epoch}")
         else:
             print(f"Loaded, not trained here: {in_epochs(n) if saved else describe_run(folder)}")
+        bar = getattr(getattr(learn, "progress", None), "mbar", None)
+        if bar is not None:
+            bar.update(0)  # starts its clock, as epoch 0 does
         for epoch, row in enumerate(learn.history.rows[-n:]):
             values = row | dict(epoch=epoch, time=format_time(row["seconds"]))
             self.logger([values.get(name, values.get(f"valid_{name}")) for name in self.recorder.metric_names])

@@ -37,13 +37,14 @@ def make(tiny_images, monkeypatch):
     tiny_recipe.use_tiny_net(monkeypatch.setattr)
     tiny_recipe.draw_nothing(monkeypatch.setattr)
 
-    def make(seed=0, images=tiny_images, model="resnet18", bs=8, precision="fp32", **options):
+    def make(seed=0, images=tiny_images, model="resnet18", bs=8, precision="fp32", bar=False, **options):
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(seed)
         dls = cifar_dls(images, bs=bs, device="cpu", cutout=8, flip_by="epoch")
         learn = cifar_learner(dls, model, precision=precision, **options)
-        learn.remove_cb(learn.progress)
-        learn.logger = print
+        if not bar:
+            learn.remove_cb(learn.progress)
+            learn.logger = print
         return learn
 
     return make
@@ -125,7 +126,7 @@ def test_a_finished_fit_is_loaded(make, tmp_path, capsys, fit):
 
 
 def test_write_run_completes_the_folder(make, stop, tmp_path):
-    learn, run = make(), tmp_path / "run"
+    learn, run = make(bar=True), tmp_path / "run"
     stop(lambda: one_cycle(learn, KeepRun(run)))
     with pytest.raises(InputError, match="its fit is not finished: run it again to go on"):
         write_run(learn, run)
