@@ -126,8 +126,9 @@ def write_run(learn, folder=None):
     history, overrides = _history(learn, "write_run"), {}
     if not history.rows:
         raise InputError("there is no epoch to write: train the learner first")
-    if folder is not None and _holds(Path(folder), history.rows):
-        folder = Path(folder)
+    table = Path("" if folder is None else folder) / "history.csv"
+    if folder is not None and is_run(folder) and table.exists() and read_history(table) == history.rows:
+        folder = Path(folder)  # of this very run: the times of its epochs distinguish it from any other
         if not (folder / "checkpoint.pth").exists():
             print(f"{folder} holds this run")
             return folder / "report.html"
@@ -172,9 +173,3 @@ def _settings(learn, epochs, lrs):
         return values
     values = {name: x for name, x in values.items() if OPTIONS[name].metadata.get("needs", [""])[0] != "sched"}
     return values | dict(sched="none", lr=max(lrs))
-
-
-def _holds(folder, rows):
-    """Whether the run in `folder` has these epochs; their times distinguish it from any other."""
-    is_kept = is_run(folder) and (folder / "history.csv").exists()
-    return is_kept and read_history(folder / "history.csv") == rows

@@ -174,7 +174,7 @@ def _read_run(folder, device, weights="model.pth"):
     precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
     if not path.exists():
         is_finished = (Path(folder) / "metrics.json").exists()
-        advice = "" if is_finished else "; the run is not finished: resume it with its recipe"
+        advice = "" if is_finished else "; the run is not finished: resume it with its recipe or notebook"
         raise InputError(f"{folder}: no {weights} in it{advice}")
     return config, settings, device, precision, path
 
