@@ -59,8 +59,8 @@ class KeepRun(Checkpoint):
         if not self.stack.enter_context(lock_folder(folder)):
             raise InputError("another process is training there; choose another folder", folder=str(folder))
         remove_leftovers(folder)
+        self.stack.callback(setattr, history, "path", history.path)
         history.path = folder / "history.csv"
-        self.stack.callback(setattr, history, "path", None)
         fit, lrs = self._describe()
         if is_new:
             history.origin = {}  # of a loaded learner

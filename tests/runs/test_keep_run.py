@@ -18,6 +18,7 @@ from tiny_net import TinyNet
 from tiny_runs import CLOCK, assert_same_state, history, same
 from torch import nn
 
+from cifar_fastai.data.images import load_images
 from cifar_fastai.data.loaders import cifar_dls
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import lock_folder, read_json
@@ -37,10 +38,12 @@ def make(tiny_images, monkeypatch):
     tiny_recipe.use_tiny_net(monkeypatch.setattr)
     tiny_recipe.draw_nothing(monkeypatch.setattr)
 
-    def make(seed=0, images=tiny_images, model="resnet18", bs=8, precision="fp32", bar=False, **options):
+    def make(
+        seed=0, images=tiny_images, model="resnet18", bs=8, precision="fp32", bar=False, flip_by="epoch", **options
+    ):
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(seed)
-        dls = cifar_dls(images, bs=bs, device="cpu", cutout=8, flip_by="epoch")
+        dls = cifar_dls(images, bs=bs, device="cpu", cutout=8, flip_by=flip_by)
         learn = cifar_learner(dls, model, precision=precision, **options)
         if not bar:
             learn.remove_cb(learn.progress)
@@ -123,6 +126,26 @@ def test_a_finished_fit_is_loaded(make, tmp_path, capsys, fit):
         assert rows(again) == rows(one) and same(dict(again.model.state_dict()), weights)
     assert write_run(again, tmp_path / "run") == tmp_path / "run" / "report.html"
     assert "holds this run" in capsys.readouterr().out
+
+
+def test_an_interrupted_first_epoch_begins_again(make, stop, tmp_path):
+    straight = make()
+    one_cycle(straight, KeepRun(tmp_path / "straight"))
+    stop(lambda: one_cycle(make(), KeepRun(tmp_path / "parts")), 3)
+    learn = make()
+    one_cycle(learn, KeepRun(tmp_path / "parts"))
+    assert rows(learn) == rows(straight)
+
+
+def test_the_finished_run_of_a_recipe_with_the_same_settings_is_loaded(make, tiny, tiny_folder, tmp_path, capsys):
+    run = tiny.train(tmp_path / "run", precision="fp32")
+    learn = make(images=load_images(tiny_folder), flip_by="chance", seed=1)
+    cycle = dict(lr=0.15, pct_start=0.25, div_final=1e5)
+    refused(run.folder, lambda: one_cycle(learn, KeepRun(run.folder), n=2, **cycle), "epochs=2: it is 3 in {}")
+    one_cycle(learn, KeepRun(run.folder), **cycle)
+    assert "Loaded, not trained here: resnet18 on colours: 3 epochs in" in capsys.readouterr().out
+    assert learn.history.rows == run.history.rows and learn.history.lrs == pytest.approx(run.history.lrs)
+    assert same(dict(learn.model.state_dict()), dict(run.learn.model.state_dict()))
 
 
 def test_write_run_completes_the_folder(make, stop, tmp_path):
