@@ -23,7 +23,7 @@ from cifar_fastai.training.checkpoint import load_weights
 from cifar_fastai.training.recorder import read_history
 from cifar_fastai.training.schedule import one_cycle_steps
 
-__all__ = ["Run", "build_run", "load_network", "load_run", "suit_data"]
+__all__ = ["Run", "build_run", "check_images", "load_network", "load_run", "restore_history", "suit_data"]
 
 _AUGMENT = signature(augmentations).parameters.keys() - {"flip", "size"}
 _OPTIMIZATION = "opt", "momentum", "mom_min", "nesterov", "wd", "wd_bn_bias", "label_smoothing"
@@ -133,17 +133,22 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     run is not finished, a file is damaged, or the images differ from those that it was trained with.
     """
     config, settings, device, precision, path = _read_run(folder, device, weights)
-    images = (
-        data if isinstance(data, ImageSet) else load_images(settings.data if data is None else data, size=settings.size)
-    )
+    place = settings.data if data is None else data
+    images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size)
+    check_images(images, config, "; say where those are with `data`")
+    learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
+    load_weights(learn.model, path)
+    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    restore_history(learn, Path(folder), settings, config)
+    return learn, config
+
+
+def check_images(images, config, advice=""):
+    """InputError unless `images`, an ImageSet, are those of the run with this config.json."""
     is_cifar10 = images.name == config.get("data_name") == CIFAR10  # earlier runs had them in the order of their files
     if images.fingerprint != config.get("data_fingerprint") and not is_cifar10:
         trained = f"not the images this run was trained with ({config.get('data_name')})"
-        raise InputError(f"{images.source}: {trained}; say where those are with `data`")
-    learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
-    load_weights(learn.model, path)
-    _restore_history(learn, Path(folder), settings, config)
-    return learn, config
+        raise InputError(f"{images.source}: {trained}{advice}")
 
 
 def load_network(folder, device="auto"):
@@ -171,18 +176,18 @@ def _read_run(folder, device, weights="model.pth"):
     precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
     if not path.exists():
         is_finished = (Path(folder) / "metrics.json").exists()
-        advice = "" if is_finished else "; the run is not finished: resume it with its recipe"
+        advice = "" if is_finished else "; the run is not finished: resume it with its recipe or notebook"
         raise InputError(f"{folder}: no {weights} in it{advice}")
     return config, settings, device, precision, path
 
 
-def _restore_history(learn, folder, settings, config):
-    """Give `learn` the history and the settings of the run in `folder`."""
+def restore_history(learn, folder, settings, config):
+    """Give `learn` the history of the finished run in `folder`."""
     history = learn.history
-    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    history.lrs, history.moms = [], []
     history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "compiled", "versions")}
     if (folder / "history.csv").exists():
-        history.rows.extend(read_history(folder / "history.csv"))
+        history.rows = read_history(folder / "history.csv")
     if settings.sched == "one-cycle":
         n_steps = len(learn.dls.train)
         steps = one_cycle_steps(settings, settings.epochs * n_steps)
