@@ -8,9 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from platformdirs import user_cache_dir
 
-from cifar_fastai.files import atomic_write
+from cifar_fastai.files import atomic_write, private_folder, user_folder
 
 _VERSION = 5  # of the file's layout, and of how images are decoded
 _DAY = 24 * 60 * 60  # seconds
@@ -18,7 +17,9 @@ _DAY = 24 * 60 * 60  # seconds
 
 def cache_folder():
     """Where decoded images are kept: $CIFAR_FASTAI_CACHE, or cifar_fastai in the user's own cache folder."""
-    return Path(os.environ.get("CIFAR_FASTAI_CACHE") or user_cache_dir("cifar_fastai", appauthor=False))
+    if folder := os.environ.get("CIFAR_FASTAI_CACHE"):
+        return Path(folder)
+    return user_folder() or private_folder("images")
 
 
 def load(folder, key):
