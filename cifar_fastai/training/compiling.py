@@ -64,9 +64,14 @@ def _use_private_caches():
 
     torch's own default is /tmp/torchinductor_<user>, which another user of the machine can make first.
     """
+    from torch._inductor import codecache  # slow; its import puts torch's default into the environment
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     for variable, name in ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"):
-        if not os.environ.get(variable):
+        if os.environ.get(variable, "") in ("", os.path.abspath(default_cache_dir())):
             os.environ[variable] = str(private_folder(name))
+    headers = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "headers")  # which heed no variable
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = headers, os.path.join(headers, "locks")
 
 
 def uncompile(model):
