@@ -171,6 +171,7 @@ def _value(value):
     """A setting as a person would type it."""
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
+    if isinstance(value, (list, dict)):
+        items = value.items() if isinstance(value, dict) else [("", item) for item in value]
+        return ", ".join(f"{key} {_value(item)}".strip() for key, item in items)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -35,7 +35,7 @@ def write_run(learn, folder=None):
         print(f"{folder} holds this run")
         return Path(folder) / "report.html"
     with renamed(out="folder"):
-        folder = make_folder("notebook", folder)
+        folder = make_folder("notebook", folder, images.source)
     names = {name: data for data, name in NAMED.items()} | {DIGITS: "digits"}
     is_remote = "://" in images.source or images.source == FASTAI_SOURCE
     data = names[images.name] if is_remote or images.name in (DIGITS, CIFAR100_COARSE) else images.source

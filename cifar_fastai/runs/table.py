@@ -45,7 +45,7 @@ def keep_result(run, folder):
         for name in ("out", "data"):
             if values.get(name) is not None:
                 values[name] = Path(values[name]).name
-    config["data_source"] = Path(config["data_source"]).name
+    config["data_source"], config["data_path"] = Path(config["data_source"]).name, None
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "config.json", config)
     for name in _FILES:

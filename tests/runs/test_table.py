@@ -112,6 +112,7 @@ def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
     run, places = tmp_path / "run", {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run"}
     run.mkdir()
     config = {"recipe": "resnet18", "given": places, "parameters": places, "data_source": places["data"]}
+    config["data_path"] = places["data"]
     write_json(run / "config.json", config)
     with pytest.raises(InputError, match="only a finished run"):
         keep_result(run, tmp_path / "results")
