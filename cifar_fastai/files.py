@@ -16,6 +16,7 @@ from cifar_fastai.errors import InputError, reason
 
 __all__ = [
     "atomic_write",
+    "check_regular",
     "lock_folder",
     "private_folder",
     "read_json",
@@ -58,9 +59,16 @@ def write_json(path, value):
         file.write("\n")
 
 
+def check_regular(path):
+    """Raise OSError where `path` is missing, or no file; whoever opens a pipe waits for its other end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_json(path):
     """The object in a JSON file as a dict. Raises InputError for a file that is missing, damaged or no object."""
     try:
+        check_regular(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no object")

@@ -145,14 +145,14 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     run is not finished, a file is damaged, or the images differ from those that it was trained with.
     """
     config, settings, device, precision, path = _read_run(folder, device, weights)
-    images = load_same_images(config, settings, config.get("data_fingerprint"), data)
+    images = load_same_images(config, settings, data)
     learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
     load_weights(learn.model, path)
     _restore_history(learn, Path(folder), settings, config)
     return learn, config
 
 
-def load_same_images(config, settings, fingerprint, data=None):
+def load_same_images(config, settings, data=None, exact=False):
     """The images of the run with this config.json. `data`: an ImageSet, or their place, if they have moved.
 
     By default they are where they were, or where the run's own `data` leads now. Raises InputError for others.
@@ -166,8 +166,8 @@ def load_same_images(config, settings, fingerprint, data=None):
     for place in places:
         try:
             images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size)
-            # earlier runs had CIFAR-10 in the order of its files
-            if fingerprint == images.fingerprint or images.name == config.get("data_name") == CIFAR10:
+            is_cifar10 = images.name == config.get("data_name") == CIFAR10  # by earlier runs in the order of its files
+            if images.fingerprint == config.get("data_fingerprint") or is_cifar10 and not exact:
                 return images
             trained = printable(config.get("data_name"))
             raise InputError(f"{images.source}: not the images this run was trained with ({trained})")

@@ -1,6 +1,6 @@
 """The runs that README quotes, kept in the repository, and the tables that are made from them."""
 
-import shutil
+import os
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,8 +34,9 @@ def keep_result(run, folder):
 
     Raises InputError where `run` is not finished.
     """
-    run, target = Path(run), Path(folder) / Path(run).resolve().name
-    missing = [name for name in ("config.json", *_FILES) if not (run / name).exists()]
+    run, target = Path(run), Path(folder) / Path(os.path.realpath(run)).name
+    paths = [run / name for name in ("config.json", *_FILES)]
+    missing = [path.name for path in paths if path.is_symlink() or not path.is_file()]
     if missing:
         raise InputError(f"{run}: no {', '.join(missing)} in it; only a finished run can be kept")
     config = read_config(run)
@@ -46,10 +47,13 @@ def keep_result(run, folder):
             if values.get(name) is not None:
                 values[name] = Path(values[name]).name
     config["data_source"], config["data_path"] = Path(config["data_source"]).name, None
+    if target.is_symlink():
+        raise InputError(f"{target}: is a link; remove it")
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "config.json", config)
     for name in _FILES:
-        shutil.copyfile(run / name, target / name)
+        with atomic_write(target / name, "wb") as file:  # which replaces a link there, and does not follow it
+            file.write((run / name).read_bytes())
     return target
 
 

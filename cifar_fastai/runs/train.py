@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cifar_fastai.data.images import DIGITS, load_images
-from cifar_fastai.errors import InputError, RunError, printable, reason, renamed
+from cifar_fastai.errors import InputError, RunError, escaped, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
 from cifar_fastai.plots.style import save_figure
@@ -116,7 +116,7 @@ def _resume_run(recipe, overrides, folder, stack):
     except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not hold the parameters of a run ({reason(error)})") from None
     _refuse_changes(overrides, settings, original | {"out": str(folder)})
-    images = load_same_images(config, settings, checkpoint["fingerprint"], overrides.get("data"))
+    images = load_same_images(config, settings, overrides.get("data"), exact=True)
     if overrides.get("data") is not None:  # they have moved
         moved = check_values(data=overrides["data"])
         settings, original = replace(settings, **moved), original | moved
@@ -133,7 +133,7 @@ def _resume_run(recipe, overrides, folder, stack):
     except Exception as error:
         raise InputError(f"{path}: does not fit the network ({reason(error)})") from None
     remove_leftovers(folder)
-    print(f"going on with {printable(folder)} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
+    print(f"going on with {escaped(folder)} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
     return run
 
 
@@ -185,7 +185,7 @@ def _print_header(run):
     if run.checkpoint and (changes := _machine_changes(run)):
         print(f"the last digits may differ from those of a run in one piece: {changes}")
     print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
-    print(f"files: {run.folder}", flush=True)
+    print(f"files: {escaped(run.folder)}", flush=True)
 
 
 def _machine_changes(run):

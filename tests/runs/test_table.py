@@ -1,5 +1,6 @@
 """Every number in the tables of results comes from a run that is kept, and every kept run agrees with itself."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -121,6 +122,34 @@ def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
     kept = keep_result(run, tmp_path / "results")
     assert "ann" not in (kept / "config.json").read_text()
     assert load_results(tmp_path / "results")[0].config["given"]["data"] == "cifar10.tgz"
+
+
+def test_links_and_pipes_are_neither_read_nor_written_through(tmp_path):
+    """In a run of a stranger, and where the results are kept."""
+    run, secret = tmp_path / "run", tmp_path / "secret"
+    run.mkdir()
+    secret.write_text("mine")
+    write_json(run / "config.json", {"recipe": "resnet18", "given": {}, "parameters": {}, "data_source": "digits"})
+    for name in ("history.csv", "metrics.json", "predictions.csv"):
+        (run / name).write_text("{}")
+    os.mkfifo(run / "curves.png")
+    with pytest.raises(InputError, match="no curves.png in it"):
+        keep_result(run, tmp_path / "results")
+    (run / "curves.png").unlink()
+    (run / "curves.png").symlink_to(secret)
+    with pytest.raises(InputError, match="no curves.png in it"):
+        keep_result(run, tmp_path / "results")
+    (run / "curves.png").unlink()
+    (run / "curves.png").write_text("a picture")
+    (tmp_path / "results" / "run").mkdir(parents=True)
+    for name in ("curves.png", "config.json"):
+        (tmp_path / "results" / "run" / name).symlink_to(secret)
+    assert (keep_result(run, tmp_path / "results") / "curves.png").read_text() == "a picture"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "run").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="run: is a link"):
+        keep_result(run, tmp_path / "linked")
+    assert secret.read_text() == "mine"
 
 
 def test_the_curves_are_those_of_the_first_row(tmp_path):
