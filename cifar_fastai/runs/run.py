@@ -157,13 +157,9 @@ def load_same_images(config, settings, data=None, exact=False):
 
     By default they are where they were, or where the run's own `data` leads now. Raises InputError for others.
     """
-    places = (
-        [place for place in (config.get("data_path"), settings.data) if isinstance(place, str)]
-        if data is None
-        else [data]
-    )
+    places = [place for place in (config.get("data_path"), settings.data) if isinstance(place, str)]
     problem = None
-    for place in places:
+    for place in places if data is None else [data]:
         try:
             images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size)
             is_cifar10 = images.name == config.get("data_name") == CIFAR10  # by earlier runs in the order of its files
@@ -179,8 +175,10 @@ def load_same_images(config, settings, data=None, exact=False):
 def load_network(folder, device="auto"):
     """The learner of a finished run for other images; it does not need the run's. InputError as for `load_run`."""
     config, settings, device, precision, path = _read_run(folder, device)
-    for name in ("classes", "data_name", "data_source", "mean", "std"):
-        if not config.get(name):
+    types = dict(data_name={str}, data_source={str}, classes={list, str}, mean={list, float}, std={list, float})
+    for name, kinds in types.items():
+        value = config.get(name)
+        if not value or {type(value), *(map(type, value) if type(value) is list else ())} != kinds:
             raise InputError(f"{Path(folder) / 'config.json'}: holds no {name}")
     classes, n = tuple(config["classes"]), len(config["classes"])
     size, labels = settings.size or 32, np.tile(np.arange(n), 2)

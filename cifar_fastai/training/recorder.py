@@ -267,6 +267,8 @@ def read_history(path):
     try:
         check_regular(path)
         table = pd.read_csv(path, dtype=types, float_precision="round_trip")
+        if tuple(table) != HISTORY_COLUMNS or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError(f"the columns must be {', '.join(HISTORY_COLUMNS)}")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     return table.astype(object).where(table.notna(), None).to_dict("records")
