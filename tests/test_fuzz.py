@@ -34,7 +34,7 @@ pytestmark = pytest.mark.fuzz
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 FUZZ = settings(
-    max_examples=int(EXAMPLES or 100), derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(EXAMPLES or 250), derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
 )
 SEEN = defaultdict(set)  # the exit statuses
 N_STEPS = 3  # of a training, which then ends as by Ctrl-C

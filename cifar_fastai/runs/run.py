@@ -175,10 +175,11 @@ def load_same_images(config, settings, data=None, exact=False):
 def load_network(folder, device="auto"):
     """The learner of a finished run for other images; it does not need the run's. InputError as for `load_run`."""
     config, settings, device, precision, path = _read_run(folder, device)
-    types = dict(data_name={str}, data_source={str}, classes={list, str}, mean={list, float}, std={list, float})
-    for name, kinds in types.items():
-        value = config.get(name)
-        if not value or {type(value), *(map(type, value) if type(value) is list else ())} != kinds:
+    are_valid = {name: type(config.get(name)) is str for name in ("data_name", "data_source")}
+    are_valid |= dict(classes=_is_list(config.get("classes"), str))
+    are_valid |= {name: _is_list(config.get(name), float, 3) for name in ("mean", "std")}
+    for name, is_valid in are_valid.items():
+        if not is_valid:
             raise InputError(f"{Path(folder) / 'config.json'}: holds no {name}")
     classes, n = tuple(config["classes"]), len(config["classes"])
     size, labels = settings.size or 32, np.tile(np.arange(n), 2)
@@ -189,6 +190,10 @@ def load_network(folder, device="auto"):
     learn = cifar_learner(dls, settings.model, width=settings.width, precision=precision)
     load_weights(learn.model, path)
     return learn
+
+
+def _is_list(value, kind, n=None):
+    return type(value) is list and {*map(type, value)} == {kind} and len(value) == (n or len(value))
 
 
 def _read_run(folder, device, weights="model.pth"):
