@@ -60,16 +60,16 @@ def write_json(path, value):
 
 
 def check_regular(path):
-    """Raise OSError where `path` is missing, or no file; whoever opens a pipe waits for its other end."""
+    """`path`. Raises OSError where it is missing, or no file: whoever opens a pipe waits for its other end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
 
 
 def read_json(path):
     """The object in a JSON file as a dict. Raises InputError for a file that is missing, damaged or no object."""
     try:
-        check_regular(path)
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(check_regular(path)).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -131,8 +130,7 @@ class Predictions:
         """
         missing = dict.fromkeys(("confidence", "loss"), ["nan"])  # elsewhere a text such as "NA" is the name of a class
         try:
-            check_regular(path)
-            table = pd.read_csv(Path(path), dtype=COLUMNS, keep_default_na=False, na_values=missing)
+            table = pd.read_csv(check_regular(path), dtype=COLUMNS, keep_default_na=False, na_values=missing)
             if list(table) != list(COLUMNS) or table.empty or not isinstance(table.index, pd.RangeIndex):
                 raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in one row for each image")
             for column in "target", "predicted":

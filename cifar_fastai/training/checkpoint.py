@@ -165,8 +165,7 @@ def save_torch(path, value):
 def _load(path, kind):
     """(value, size): what torch.save wrote to `path`, on the CPU, and the bytes of its structure without tensors."""
     try:
-        check_regular(path)
-        with zipfile.ZipFile(path) as archive:  # torch's are not compressed; it ignores their checksums
+        with zipfile.ZipFile(check_regular(path)) as archive:  # torch's are not compressed; it ignores their checksums
             entries = archive.infolist()
             sizes = {entry.filename: entry.file_size for entry in entries}
             too_large = len(sizes) < len(entries) or sum(sizes.values()) > Path(path).stat().st_size

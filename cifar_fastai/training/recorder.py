@@ -265,8 +265,7 @@ def read_history(path):
     """The rows of a history.csv as dicts of numbers, None where blank. InputError for a file that is damaged."""
     types = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int}
     try:
-        check_regular(path)
-        table = pd.read_csv(path, dtype=types, float_precision="round_trip")
+        table = pd.read_csv(check_regular(path), dtype=types, float_precision="round_trip")
         if tuple(table) != HISTORY_COLUMNS or not isinstance(table.index, pd.RangeIndex):
             raise ValueError(f"the columns must be {', '.join(HISTORY_COLUMNS)}")
     except (OSError, ValueError) as error:

@@ -83,6 +83,14 @@ def flip_in(member, at):
     return damage
 
 
+def test_a_pipe_in_the_cache_is_not_waited_for(pets, tmp_path):
+    first = load_images(pets, cache_dir=tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").glob("*.npz")
+    entry.unlink()
+    os.mkfifo(entry)
+    assert not cache.entries(tmp_path / "cache") and same(load_images(pets, cache_dir=tmp_path / "cache"), first)
+
+
 def write_other(**changes):
     def damage(path):
         with np.load(path) as archive:
