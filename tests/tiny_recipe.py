@@ -107,11 +107,12 @@ ACTIONS = {
 }
 
 
-def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cache=None, second=None):
+def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cache=None, second=None, closed=()):
     """The process of a run with the command line `args`; stdout and stderr go to the files `outputs`.
 
     `at="step 7 KILL"` acts at the 7th step (POINTS, ACTIONS); `place` is the folder that an action needs. The run's
-    last checkpoint is kept as last.pth in `cwd`. `second` replaces the time of day, `tiny=False` uses the real network.
+    last checkpoint is kept as last.pth in `cwd`. `second` replaces the time of day, `tiny=False` uses the real network,
+    and the descriptors in `closed` are closed.
     """
     for descriptor, path in enumerate((os.devnull, *outputs)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), descriptor)
@@ -136,6 +137,9 @@ def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cac
     if second:
         folder.time = SimpleNamespace(strftime=lambda form: second)
     sys.argv = [str(RECIPE), *args]
+    for descriptor in closed:
+        os.close(descriptor)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)  # as at Python's start
     try:
         runpy.run_path(str(RECIPE), run_name="__main__")
     finally:

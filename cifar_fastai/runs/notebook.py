@@ -55,7 +55,7 @@ class KeepRun(Checkpoint):
         is_new, self.first_epoch = not is_run(folder), 0
         if is_new:
             with renamed(out="folder"):
-                make_folder("notebook", str(folder))
+                make_folder("notebook", str(folder), learn.dls.images.source)
         if not self.stack.enter_context(lock_folder(folder)):
             raise InputError("another process is training there; choose another folder", folder=str(folder))
         remove_leftovers(folder)
@@ -137,7 +137,7 @@ def write_run(learn, folder=None):
         overrides = read_config(folder)["given"]
     else:
         with renamed(out="folder"):
-            folder = make_folder("notebook", folder)
+            folder = make_folder("notebook", folder, learn.dls.images.source)
     run = _run(learn, folder, len(history.rows), history.lrs, overrides)
     if run.suggestions is not None:
         save_figure(learn.range_test.plot(), folder / "lr_find.png")

@@ -17,7 +17,7 @@ from fastai.torch_core import to_device
 from fastcore.foundation import L
 
 from cifar_fastai.errors import InputError, printable, reason
-from cifar_fastai.files import atomic_write, lock_folder, read_json
+from cifar_fastai.files import atomic_write, check_regular, lock_folder, read_json
 from cifar_fastai.training.precision import torch_optimizer
 from cifar_fastai.training.recorder import HISTORY_COLUMNS, FitCallback
 
@@ -182,7 +182,7 @@ def save_torch(path, value):
 def _load(path, kind):
     """(value, size): what torch.save wrote to `path`, on the CPU, and the bytes of its structure without tensors."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's are not compressed; it ignores their checksums
+        with zipfile.ZipFile(check_regular(path)) as archive:  # torch's are not compressed; it ignores their checksums
             entries = archive.infolist()
             sizes = {entry.filename: entry.file_size for entry in entries}
             too_large = len(sizes) < len(entries) or sum(sizes.values()) > Path(path).stat().st_size

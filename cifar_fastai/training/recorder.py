@@ -13,7 +13,7 @@ from fastcore.foundation import L
 from tqdm import tqdm
 
 from cifar_fastai.errors import InputError, reason
-from cifar_fastai.files import atomic_write
+from cifar_fastai.files import atomic_write, check_regular
 
 HISTORY_COLUMNS = tuple(
     "epoch train_loss train_accuracy valid_loss valid_accuracy lr images_per_second seconds".split()
@@ -265,7 +265,9 @@ def read_history(path):
     """The rows of a history.csv as dicts of numbers, None where blank. InputError for a file that is damaged."""
     types = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int}
     try:
-        table = pd.read_csv(path, dtype=types, float_precision="round_trip")
+        table = pd.read_csv(check_regular(path), dtype=types, float_precision="round_trip")
+        if tuple(table) != HISTORY_COLUMNS or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError(f"the columns must be {', '.join(HISTORY_COLUMNS)}")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     return table.astype(object).where(table.notna(), None).to_dict("records")
