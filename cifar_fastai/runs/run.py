@@ -24,7 +24,17 @@ from cifar_fastai.training.checkpoint import load_weights
 from cifar_fastai.training.recorder import read_history
 from cifar_fastai.training.schedule import one_cycle_steps
 
-__all__ = ["MACHINE", "Run", "build_run", "load_network", "load_run", "load_same_images", "suit_data"]
+__all__ = [
+    "MACHINE",
+    "Run",
+    "build_run",
+    "check_images",
+    "load_network",
+    "load_run",
+    "load_same_images",
+    "restore_history",
+    "suit_data",
+]
 
 MACHINE = "device", "hardware", "precision", "compiled", "versions"  # of config.json; they decide about the last digits
 _AUGMENT = signature(augmentations).parameters.keys() - {"flip", "size"}
@@ -148,8 +158,17 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     images = load_same_images(config, settings, data)
     learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
     load_weights(learn.model, path)
-    _restore_history(learn, Path(folder), settings, config)
+    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    restore_history(learn, Path(folder), settings, config)
     return learn, config
+
+
+def check_images(images, config, exact=False):
+    """InputError unless `images`, an ImageSet, are those of the run with this config.json."""
+    is_cifar10 = images.name == config.get("data_name") == CIFAR10  # earlier runs had them in the order of their files
+    if images.fingerprint != config.get("data_fingerprint") and (exact or not is_cifar10):
+        trained = f"not the images this run was trained with ({printable(config.get('data_name'))})"
+        raise InputError(f"{images.source}: {trained}")
 
 
 def load_same_images(config, settings, data=None, exact=False):
@@ -162,11 +181,8 @@ def load_same_images(config, settings, data=None, exact=False):
     for place in places if data is None else [data]:
         try:
             images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size)
-            is_cifar10 = images.name == config.get("data_name") == CIFAR10  # by earlier runs in the order of its files
-            if images.fingerprint == config.get("data_fingerprint") or is_cifar10 and not exact:
-                return images
-            trained = printable(config.get("data_name"))
-            raise InputError(f"{images.source}: not the images this run was trained with ({trained})")
+            check_images(images, config, exact)
+            return images
         except InputError as error:
             problem = problem or error
     raise InputError(f"{problem}; say where the run's images are with `data`")
@@ -204,18 +220,18 @@ def _read_run(folder, device, weights="model.pth"):
     precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
     if not path.exists():
         is_finished = (Path(folder) / "metrics.json").exists()
-        advice = "" if is_finished else "; the run is not finished: resume it with its recipe"
+        advice = "" if is_finished else "; the run is not finished: resume it with its recipe or notebook"
         raise InputError(f"{folder}: no {weights} in it{advice}")
     return config, settings, device, precision, path
 
 
-def _restore_history(learn, folder, settings, config):
-    """Give `learn` the history and the settings of the run in `folder`."""
+def restore_history(learn, folder, settings, config):
+    """Give `learn` the history of the finished run in `folder`."""
     history = learn.history
-    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    history.lrs, history.moms = [], []
     history.origin = {name: config.get(name) for name in MACHINE}
     if (folder / "history.csv").exists():
-        history.rows.extend(read_history(folder / "history.csv"))
+        history.rows = read_history(folder / "history.csv")
     if settings.sched == "one-cycle":
         n_steps = len(learn.dls.train)
         steps = one_cycle_steps(settings, settings.epochs * n_steps)

@@ -23,7 +23,7 @@ from cifar_fastai.runs.results import check_layers, write_results
 from cifar_fastai.runs.run import MACHINE, build_run, load_same_images
 from cifar_fastai.settings import PLACES, Settings, check_values
 from cifar_fastai.training.callbacks import KeepBest
-from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint, set_random_states
+from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint
 from cifar_fastai.training.compiling import choose_compile, compile_model
 from cifar_fastai.training.loggers import TensorBoardLog
 from cifar_fastai.training.range_test import check_range, range_test
@@ -105,8 +105,8 @@ def _resume_run(recipe, overrides, folder, stack):
     checkpoint = load_checkpoint(path)
     config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
     if checkpoint["recipe"] != recipe:
-        name = printable(checkpoint["recipe"])
-        raise InputError(f"a run of recipes/{name}.py, not of {recipe}.py", resume=str(folder))
+        name = f"recipes/{printable(checkpoint['recipe'])}.py" if checkpoint["recipe"] else "a notebook"
+        raise InputError(f"a run of {name}, not of {recipe}.py", resume=str(folder))
     try:
         settings = Settings.from_dict(config["parameters"])
         json.dumps([config, original], allow_nan=False)  # as they will be written
@@ -128,10 +128,6 @@ def _resume_run(recipe, overrides, folder, stack):
     run.suggestions = config.get("lr_find")
     if checkpoint["finished_epochs"]:  # nothing is left to compile for
         run.compiled = config.get("compiled", False)
-    try:
-        run.learn.model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        raise InputError(f"{path}: does not fit the network ({reason(error)})") from None
     remove_leftovers(folder)
     print(f"going on with {escaped(folder)} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
     return run
@@ -199,16 +195,8 @@ def _machine_changes(run):
 
 def _fit(run):
     """Train what is left to train; afterwards the model holds the weights that are evaluated."""
-    history, checkpoint = run.history, run.checkpoint
+    history = run.history
     history.path, history.eval_split, history.verbose = run.folder / "history.csv", run.eval_split, True
-    if checkpoint:
-        history.rows, history.lrs, history.moms = (list(checkpoint[name]) for name in ("rows", "lrs", "moms"))
-        history.write()
-    if checkpoint and checkpoint["finished_epochs"]:
-        averaged = checkpoint["callbacks"].get("weight_average", {})
-        run.learn.model.load_state_dict(averaged.get("average", checkpoint["model"]))
-        set_random_states(checkpoint["random"], run.learn.dls)
-        return
     try:
         return _train(run)
     except (MemoryError, RuntimeError) as error:
@@ -221,7 +209,7 @@ def _fit(run):
 
 def _train(run):
     s, learn, checkpoint = run.settings, run.learn, run.checkpoint
-    if run.compiled:
+    if run.compiled and not (checkpoint and checkpoint["finished_epochs"]):
         _compile(run)
     with learn.no_logging(), without_bar(learn):
         if run.lr == "find":
@@ -232,7 +220,7 @@ def _train(run):
             cbs.append(KeepBest(run.folder / "best.pth" if s.save_best else None, s.patience))
         if s.tensorboard:
             cbs.append(TensorBoardLog(run.folder / "tensorboard"))
-        fit_scheduled(learn, s, run.lr, cbs, start_epoch=checkpoint["epoch"] if checkpoint else 0)
+        fit_scheduled(learn, s, run.lr, cbs)
 
 
 def _is_out_of_memory(error):

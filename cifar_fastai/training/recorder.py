@@ -151,7 +151,7 @@ class ConsoleProgress(Callback):
     about twice the forward one.
     """
 
-    order = 64  # before History prints the epoch's row
+    order = 64  # after History has printed its header
     bar, _stateattrs = None, ("bar",)
 
     def before_train(self):
@@ -196,7 +196,7 @@ class History(FitCallback):
     origin: for a loaded run, what its config says of the machine that trained it, until training goes on here
     """
 
-    order, path, verbose, eval_split, _stateattrs = 65, None, False, "test", ("path", "verbose")
+    order, path, verbose, eval_split, _stateattrs = 59, None, False, "test", ("path", "verbose")
     widths = 7, 10, 9, 10, 9, 8, 8, 7  # of the columns that are printed
     __setattr__ = object.__setattr__  # fastai's warns that the learner has a `path` and `moms`, too
 

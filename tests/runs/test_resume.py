@@ -287,7 +287,7 @@ def test_tensorboard_counts_on(tiny, tmp_path, epochs, bs, n_steps):
     tiny.resume(parts)
     assert scalars(whole) == scalars(parts)
     assert [step for step, _ in scalars(parts)["step/loss"]] == list(range(epochs * n_steps))
-    assert len(scalars(parts)["epoch/valid_loss"]) == epochs
+    assert len(scalars(parts)["epoch/test_loss"]) == epochs
 
 
 # Killed: a real process, SIGKILL --------------------------------------------------------------------------------------
