@@ -103,8 +103,11 @@ def lock_folder(folder):
 
 def user_folder():
     """Where the user's caches are, cifar_fastai in the system's folder for them; None for a user without a home."""
-    path = Path(user_cache_dir("cifar_fastai", appauthor=False))
-    return path if path.is_absolute() else None  # it begins with ~ where HOME is unset and the system knows no user
+    try:
+        path = Path(user_cache_dir("cifar_fastai", appauthor=False))
+    except RuntimeError:  # HOME is unset, and the system does not know the user
+        return None
+    return path if path.is_absolute() else None  # an older platformdirs returns one that begins with ~
 
 
 def private_folder(name):

@@ -16,12 +16,13 @@ from fastai.learner import Learner
 from tiny_net import TinyNet
 
 from cifar_fastai import models
-from cifar_fastai.runs import folder, results, train
+from cifar_fastai.runs import folder, results, run, train
 from cifar_fastai.training import checkpoint, loggers, recorder
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "resnet18.py"
 POINTS = {  # where a run can be hit: in front of these functions
     "data": (train, "load_images"),
+    "images": (run, "load_images"),
     "folder": (train, "make_folder"),
     "step": (Learner, "_do_grad_opt"),
     "validate": (Learner, "_do_epoch_validate"),

@@ -101,7 +101,7 @@ def test_a_signal_in_the_range_test(recipes, tmp_path):
 def test_a_signal_while_a_resumed_run_reads_its_data(recipes, tmp_path):
     out = tmp_path / "run"
     recipes.train(out, at="step 8 TERM")
-    process = recipes.resume(out, at="data 1 INT")
+    process = recipes.resume(out, at="images 1 INT")
     assert (process.code, last_line(process)) == (130, f"stopped; {how_to_go_on(out)}")
     assert_goes_on(recipes, out)
 
