@@ -48,13 +48,11 @@ class Store:
         return self
 
     def __getstate__(self):
-        return {"tensors": None if self.images is None else self.tensors(torch.device("cpu"))}
+        return {"tensors": [] if self.images is None else self.tensors(torch.device("cpu"))}
 
     def __setstate__(self, state):
-        tensors = state["tensors"]
-        self.__init__(*([None, None] if tensors is None else [tensor.numpy() for tensor in tensors]))
-        if tensors is not None:
-            self._on_device[torch.device("cpu")] = tensors
+        self.__init__(*([tensor.numpy() for tensor in state["tensors"]] or [None, None]))
+        self._on_device[torch.device("cpu")] = state["tensors"]
 
 
 class FromStore(Transform):

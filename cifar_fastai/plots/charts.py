@@ -29,19 +29,15 @@ def plot_curves(history, eval_split="test"):
     for ax in axes[len(quantities) :]:
         ax.remove()
     for ax, quantity in zip(axes, quantities, strict=False):
-        label, scale, number = looks.get(quantity, (quantity.replace("_", " "), 1, "{:.3f}"))
+        name = quantity.replace("_", " ")
+        label, scale, number = looks.get(quantity, (name, 1, "{:.3f}"))
         for split, key, look in ("train", "train", "o-"), (eval_split, "valid", "s-"):
             values = scale * np.array([row.get(f"{key}_{quantity}") for row in history], float)
             measured = values[np.isfinite(values)]
             last = number.format(measured[-1]) if len(measured) else "not measured"
             color, size = style.BLUE if key == "train" else style.VERMILION, 5 if len(epochs) <= 30 else 0
             ax.plot(epochs, values, look, color=color, markersize=size, label=f"{split}: {last}")
-        ax.set(
-            title=quantity.replace("_", " ").capitalize(),
-            xlabel="epoch",
-            ylabel=label,
-            xlim=(epochs[0] - 0.5, epochs[-1] + 0.5),
-        )
+        ax.set(title=name.capitalize(), xlabel="epoch", ylabel=label, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         ax.legend(title="last value", alignment="left")
         _use_whole_numbers(ax.xaxis)
     losses = np.concatenate([line.get_ydata() for line in fig.axes[0].lines])

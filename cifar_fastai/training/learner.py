@@ -7,6 +7,7 @@ import torch
 from fastai.callback import hook, schedule  # noqa: F401  (they give Learner summary, lr_find and fit_one_cycle)
 from fastai.callback.core import CancelEpochException, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import CastToTensor, Learner, defaults
 from fastai.losses import CrossEntropyLossFlat
@@ -24,14 +25,7 @@ from cifar_fastai.settings import Settings, check_values
 from cifar_fastai.training.checkpoint import Checkpoint
 from cifar_fastai.training.optimizers import body_and_head, optimizer_factory
 from cifar_fastai.training.precision import Precision, ScaledStep
-from cifar_fastai.training.recorder import (
-    DeviceMean,
-    DeviceProgress,
-    DeviceRecorder,
-    History,
-    accuracy_per_image,
-    without_bar,
-)
+from cifar_fastai.training.recorder import DeviceMean, DeviceProgress, DeviceRecorder, History, accuracy_per_image
 from cifar_fastai.training.schedule import one_cycle
 
 _RESNET = RECIPES["resnet18"]
@@ -71,11 +65,9 @@ class CifarLearner(Learner):
             self.create_opt()
         self.opt.set_hyper("lr", self.lr if lr_max is None else lr_max)
         peaks = [float(hyper["lr"]) for hyper in self.opt.hypers]
-        is_same = len(set(peaks)) == 1
-        peak = peaks[0] if is_same else np.array(peaks)
+        peak = peaks[0] if len(set(peaks)) == 1 else np.array(peaks)
         moms = self.moms if moms is None else moms
-        self.settings = self.settings | cycle | dict(epochs=n_epoch, lr=max(peaks))
-        self.settings |= dict(sched="one-cycle" if is_same else "none")  # no setting names a rate for each group
+        self.settings = self.settings | cycle | dict(sched="one-cycle", epochs=n_epoch, lr=max(peaks))
         self.settings |= dict(momentum=moms[0], mom_min=None if moms[1] == moms[0] else moms[1])
         self.settings |= {} if wd is None else {"wd": wd}
         lrs = one_cycle(pct_start, peak / div, peak, peak / div_final, anneal)
@@ -120,7 +112,7 @@ class CifarLearner(Learner):
 
     def no_bar(self):
         """A context without progress bars."""
-        return without_bar(self)
+        return self.removed_cbs(self._grab_cbs(ProgressCallback))
 
 
 def _precision_cbs(precision, **kwargs):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import defaultdict
+from itertools import zip_longest
 
 import pandas as pd
 import torch
@@ -33,12 +34,9 @@ def history_columns(rows):
 
 def metric_values(learn, split):
     """{column of the history: value} of the metrics that the learner's `Recorder` computed for "train" or "valid"."""
-    if not hasattr(learn, "recorder"):
-        return {}
-    metrics = learn.recorder._train_mets if split == "train" else learn.recorder._valid_mets
-    names = ["loss", *learn.metrics.attrgot("name")]
-    values = [getattr(metric, "value", None) for metric in metrics] + [None] * (len(names) - len(metrics))
-    return {f"{split}_{name}": _number(value) for name, value in zip(names, values, strict=True)}
+    metrics = getattr(learn.recorder, f"_{split}_mets") if hasattr(learn, "recorder") else ()
+    names = ["loss", *learn.metrics.attrgot("name")]  # there are fewer metrics where some are not measured
+    return {f"{split}_{name}": _number(getattr(metric, "value", None)) for name, metric in zip_longest(names, metrics)}
 
 
 def _number(value):
@@ -281,11 +279,8 @@ class History(FitCallback):
         self.lrs += [lr for lr, _ in self.steps]  # now: an interrupted epoch leaves no steps, as it leaves no row
         self.moms += [mom for _, mom in self.steps]
         row = {"epoch": len(self.rows) + 1} | self.values | metric_values(self.learn, "valid")
-        row |= dict(
-            lr=self.lrs[-1],
-            images_per_second=self.n_images / self.train_seconds,
-            seconds=time.perf_counter() - self.start_time,
-        )
+        speed, seconds = self.n_images / self.train_seconds, time.perf_counter() - self.start_time
+        row |= dict(lr=self.lrs[-1], images_per_second=speed, seconds=seconds)
         self.rows.append(row)
         columns = history_columns(self.rows)  # the metrics may be others than in an earlier fit
         self.rows[:] = [{name: row.get(name) for name in columns} for row in self.rows]
@@ -298,10 +293,10 @@ class History(FitCallback):
             self._print(f"{epoch:>3}/{self.n_epoch:<3}", *texts, "{}:{:02}".format(*divmod(round(seconds), 60)))
 
     def __str__(self):
-        return pd.DataFrame(self.rows, columns=history_columns(self.rows)).to_string(index=False)
+        return _table(self.rows).to_string(index=False)
 
     def _repr_html_(self):
-        return pd.DataFrame(self.rows, columns=history_columns(self.rows)).to_html(index=False)
+        return _table(self.rows).to_html(index=False)
 
     def write(self):
         """Write all rows to `path`, if there is one."""
@@ -319,9 +314,12 @@ def in_epochs(n):
 
 def write_history(path, rows):
     """Write the rows of a `History` to `path` (history.csv), None as blank. Atomic."""
-    table = pd.DataFrame(rows, columns=history_columns(rows), dtype=object)
     with atomic_write(path) as file:
-        table.to_csv(file, index=False, lineterminator="\r\n")
+        _table(rows).to_csv(file, index=False, lineterminator="\r\n")
+
+
+def _table(rows):
+    return pd.DataFrame(rows, columns=history_columns(rows), dtype=object)
 
 
 def read_history(path):

@@ -192,7 +192,7 @@ def test_a_run_with_a_network_of_ones_own_is_loaded(tiny_images, tiny_model, tmp
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, slice(0.01, 0.1))
         write_run(learn, tmp_path / "run")
-    assert parameters(tmp_path / "run", "model", "sched") == ("TinyNet", "one-cycle"), "one group, one rate"
+    assert parameters(tmp_path / "run", "model", "sched", "lr") == ("TinyNet", "one-cycle", 0.1)
     loaded, config = load_run(tmp_path / "run", data=tiny_images, model=TinyNet())
     assert predict(loaded).accuracy == predict(learn).accuracy
     assert loaded.settings["model"] == config["parameters"]["model"] == "TinyNet"
