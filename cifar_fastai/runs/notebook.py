@@ -55,7 +55,7 @@ class KeepRun(Checkpoint):
         is_new, self.first_epoch = not is_run(folder), 0
         if is_new:
             with renamed(out="folder"):
-                make_folder("notebook", str(folder), self.dls.images.source)
+                make_folder("notebook", str(folder), learn.dls.images.source)
         if not self.stack.enter_context(lock_folder(folder)):
             raise InputError("another process is training there; choose another folder", folder=str(folder))
         remove_leftovers(folder)

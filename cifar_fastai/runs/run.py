@@ -24,17 +24,6 @@ from cifar_fastai.training.checkpoint import load_weights
 from cifar_fastai.training.recorder import read_history
 from cifar_fastai.training.schedule import one_cycle_steps
 
-__all__ = [
-    "Run",
-    "build_run",
-    "check_images",
-    "load_network",
-    "load_run",
-    "load_same_images",
-    "restore_history",
-    "suit_data",
-]
-
 MACHINE = "device", "hardware", "precision", "compiled", "versions"  # of config.json; they decide about the last digits
 _AUGMENT = signature(augmentations).parameters.keys() - {"flip", "size"}
 _OPTIMIZATION = "opt", "momentum", "mom_min", "nesterov", "wd", "wd_bn_bias", "label_smoothing"
@@ -163,10 +152,10 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
 
 def check_images(images, config, exact=False):
     """InputError unless `images`, an ImageSet, are those of the run with this config.json."""
-    is_cifar10 = images.name == config.get("data_name") == CIFAR10  # earlier runs had them in the order of their files
+    is_cifar10 = images.name == config.get("data_name") == CIFAR10  # by earlier runs in the order of its files
     if images.fingerprint != config.get("data_fingerprint") and (exact or not is_cifar10):
-        trained = f"not the images this run was trained with ({printable(config.get('data_name'))})"
-        raise InputError(f"{images.source}: {trained}")
+        trained = printable(config.get("data_name"))
+        raise InputError(f"{images.source}: not the images this run was trained with ({trained})")
 
 
 def load_same_images(config, settings, data=None, exact=False):
