@@ -67,7 +67,4 @@ def tiny(tiny_folder, monkeypatch):
     from tiny_runs import Tiny
 
     monkeypatch.setenv("CIFAR_FASTAI_CACHE", str(tiny_folder.parent / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Tiny(tiny_folder, monkeypatch)
-    torch.set_num_threads(threads)
+    return Tiny(tiny_folder, monkeypatch)

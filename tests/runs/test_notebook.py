@@ -26,8 +26,6 @@ from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.range_test import range_test
 from cifar_fastai.training.recorder import read_history
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def learn(tiny_images, tiny_model, monkeypatch):
