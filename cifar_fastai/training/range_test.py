@@ -85,10 +85,10 @@ def range_test(learn, start_lr=1e-5, end_lr=10.0, num_it=100):
 def suggest(lrs, losses, num_it):
     """{rule: learning rate}, None where a rule finds none, or one after the loss has exploded.
 
-    A loss has exploded that is past the lowest and above all losses before it.
+    A loss has exploded that comes after the lowest and is a tenth above the highest before it.
     """
     n, suggestions, lowest = len(lrs), dict.fromkeys(choices("lr_suggest")), losses.index(min(losses))
-    limit = next((lrs[k] for k in range(lowest, n) if losses[k] > max(losses[: lowest + 1])), math.inf)
+    limit = next((lrs[k] for k in range(lowest, n) if losses[k] > 1.1 * max(losses[: lowest + 1])), math.inf)
     used = slice(min(num_it // 10, n // 4), n - (5 if n > 20 else 0))  # as in fastai's lr_find
     for name in suggestions:
         rule = getattr(SuggestionMethod, name.capitalize())
