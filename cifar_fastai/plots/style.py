@@ -20,15 +20,8 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#C04B00", "#009E73", "#CC79
 GREY = "#555555"
 SMALL, NORMAL, LARGE = 8.5, 10, 12  # points
 WIDTH, DPI = 8.4, 140  # inches, dots per inch: 1,176 pixels
-# after matplotlib's own font, what is installed of these: it has no Chinese, Japanese, Korean, Hindi and Thai letters
-FONTS = (
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-    "Arial Unicode MS",
-)
+# matplotlib's own font, then what is installed of those with letters that it lacks: Chinese, Japanese, Korean, Thai
+FONTS = "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Thai", "Arial Unicode MS"
 STYLE = {  # settings of matplotlib for every picture
     "axes.axisbelow": True,
     "axes.grid": True,

@@ -135,7 +135,7 @@ def test_numbers_are_those_of_metrics_json(run):
     assert expected.items() <= page.metrics.items()
     assert "tta_shift_accuracy" not in page.metrics  # null in the file
     assert "−1.00 points" in page.text and "3e−05" in page.text, "a minus sign, not a hyphen"
-    assert "3 parameters, 2 of them set for this run" in page.text and COMMAND in page.text
+    assert "3 settings, 2 of them set for this run" in page.text and COMMAND in page.text
 
 
 def test_sections_come_in_order_and_short_heads_are_upright(run, tmp_path):
