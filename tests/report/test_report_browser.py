@@ -185,8 +185,8 @@ def test_keyboard_alone(page, folder):
 # elements that hide a part of themselves and have no shade that says so; a select and names with an ellipsis may
 CUT = """() => [...document.querySelectorAll('body *')].filter(e => {
     const { overflowX, backgroundImage } = getComputedStyle(e);
-    return e.clientWidth && e.scrollWidth > e.clientWidth + 1 && overflowX !== 'visible' && !backgroundImage.includes('gradient')
-        && !e.matches('select, .matrix th span, .pic'); }).map(e => e.outerHTML.slice(0, 80))"""
+    return e.clientWidth && e.scrollWidth > e.clientWidth + 1 && overflowX !== 'visible'
+        && !backgroundImage.includes('gradient') && !e.matches('select, .matrix th span, .pic'); }).map(e => e.outerHTML.slice(0, 80))"""
 
 
 @pytest.mark.parametrize("dark", [False, True])
