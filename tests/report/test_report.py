@@ -264,6 +264,9 @@ def test_a_run_without_errors_and_one_without_a_test_split(tmp_path):
     assert "The test split was not read" in page.text and "of the validation split are classified wrong" in page.text
     assert "valid_accuracy" in page.metrics and "test_accuracy" not in page.metrics
     assert "Validation loss" in page.text and "valid: 80.0 %" in page.text and "Test " not in page.text
+    page = Page(write_report(tmp_path, make_run(tmp_path, best_epoch=2, best_valid_accuracy=0.875)))
+    assert page.metrics["best_valid_accuracy"] == "87.50 %" and "epoch 2, in best.pth" in page.text
+    assert f'load_run("{tmp_path.name}", weights="best.pth")' in page.text
 
 
 def test_interrupted_run(tmp_path):

@@ -186,7 +186,8 @@ def test_keyboard_alone(page, folder):
 CUT = """() => [...document.querySelectorAll('body *')].filter(e => {
     const { overflowX, backgroundImage } = getComputedStyle(e);
     return e.clientWidth && e.scrollWidth > e.clientWidth + 1 && overflowX !== 'visible'
-        && !backgroundImage.includes('gradient') && !e.matches('select, .matrix th span, .pic'); }).map(e => e.outerHTML.slice(0, 80))"""
+        && !backgroundImage.includes('gradient') && !e.matches('select, .matrix th span, .pic');
+    }).map(e => e.outerHTML.slice(0, 80))"""
 
 
 @pytest.mark.parametrize("dark", [False, True])
