@@ -82,7 +82,7 @@ def plot_gradcam(images, heatmaps, true, predicted, confidence, alpha=0.5, title
     heads = ["image"] + [head for fact in facts for head in (f"{fact}\nheatmap".strip(), "overlay")]
     captions = list(zip(names or [None] * len(images), true, predicted, notes, strict=True))
     options = dict(heads=[*heads, "", *heads], captions=captions, span=n_tiles)
-    title = ": ".join(filter(None, (title, shared)))
+    title = "\n".join(filter(None, (title, shared)))
     fig, axes = _grid(ratios, -(-len(images) // n_groups), title, **options, extra=0.5)
     groups = [row[start : start + n_tiles] for row in axes for start in range(0, len(ratios), n_tiles + 1)]
     for k, group in enumerate(groups[: len(images)]):
@@ -133,7 +133,7 @@ def _grid(ratios, n_rows, title, heads=(), captions=(), span=1, largest=1.3, ext
     """
     tile = np.clip(style.WIDTH / sum(ratios) - GAP, 0.8, largest)
     width = max(sum(ratios) * (tile + GAP), 4.2)
-    title = wrap(title or "", width - 2 * GAP, style.LARGE)
+    title = "\n".join(wrap(line, width - 2 * GAP, style.LARGE) for line in (title or "").split("\n"))
     heads = ["\n".join(wrap(line, tile) for line in head.split("\n")) for head in heads]
     captions = [_caption(*words, span * tile) for words in captions]
     above = max((0.1 + LINE * (head.count("\n") + 1) for head in heads), default=0)

@@ -333,7 +333,7 @@ def test_gradcam_title_names_layer_map_and_class(targets, classes, explains_clas
 def test_gradcam_of_several_layers_heads_each_and_draws_no_negligible_map():
     sets = [heatmaps([1, 2, 3], "layer2", 16), heatmaps([1, 2, 3], "layer3", 8, negligible=[1])]
     fig = gradcam(3, sets, title="Misclassified")
-    assert "Misclassified: GradCAM, for the predicted class" in words(fig)
+    assert "Misclassified GradCAM, for the predicted class" in words(fig)
     assert {"layer2, 16 x 16 map heatmap", "layer3, 8 x 8 map heatmap"} <= set(words(fig))
     assert len(images(fig)) == 3 * (1 + 3 + 3) - 2
     assert words(fig).count("negligible: nothing speaks for the class") == 1
