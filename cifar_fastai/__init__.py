@@ -14,7 +14,7 @@ _HOMES = {
     "report.page": "write_report",
     "runs.folder": "describe_run is_run",
     "runs.run": "load_run",
-    "runs.notebook": "write_run",
+    "runs.notebook": "KeepRun write_run",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -4,6 +4,7 @@ This is the only place where names of arguments become flags.
 """
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -18,7 +19,7 @@ from typing import get_args
 
 from fastcore.script import anno_parser
 
-from cifar_fastai.errors import InputError, RunError, printable, reason
+from cifar_fastai.errors import InputError, RunError, escaped, printable, reason
 from cifar_fastai.recipes import PRESETS, RECIPES
 from cifar_fastai.settings import OPTIONS
 
@@ -164,6 +165,7 @@ def _parse_and_run(parser, run):
 def _run(run, debug):
     """Call `run`; its exit status is 0, that of the error, or 128 + the number of the signal that ended it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # torch about its own jit, at import
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a class name that its encoding lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -172,20 +174,29 @@ def _run(run, debug):
         status, message = 0, None
     except KeyboardInterrupt as stop:
         status, message = 128 + getattr(stop, "signum", signal.SIGINT), f"\nstopped{_resume_hint(stop)}"
-    except BrokenPipeError:  # the program that reads the output has ended
-        status, message = 128 + 13, None
+    except BrokenPipeError as stop:  # the program that reads the output has ended
+        status, message = 128 + 13, _resume_hint(stop) and f"stopped{_resume_hint(stop)}"
     except Exception as error:
         if debug:
             raise
-        status, message = getattr(error, "status", 1), f"error: {_describe(error)}"
-    try:
-        if sys.stdout is not None:  # as after `>&-`
-            sys.stdout.flush()
-    except OSError:  # the output is closed or its disk is full: Python would try again at its end, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message:
-        print(message, file=sys.stderr, flush=True)
+        is_bad_name = getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP)
+        status, message = getattr(error, "status", 2 if is_bad_name else 1), f"error: {escaped(_describe(error))}"
+    for stream, text in (sys.stdout, None), (sys.stderr, message):
+        try:
+            if text:
+                print(text, file=stream)
+            stream.flush()
+        except OSError:  # it is closed or its disk is full: Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
+
+
+def _open_streams():
+    """Open the null device where stdout or stderr is closed (`>&-`): the next file would get the number of either."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
 
 
 def _describe(error):
@@ -205,6 +216,7 @@ def _describe(error):
 def _as_word(value):
     """A value behind its flag: nothing for a switch; in quotes where it is empty or would not print on one line."""
     text = "" if value is True else str(value)
+    text = text if len(text) <= 300 else printable(text)
     return "" if value is True else f" {text if text.strip() and text.isprintable() else printable(repr(value))}"
 
 

@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["InputError", "RunError", "check_choice", "printable", "reason", "renamed"]
+__all__ = ["InputError", "RunError", "check_choice", "escaped", "printable", "reason", "renamed"]
 
 
 class RunError(Exception):
@@ -51,10 +51,15 @@ def check_choice(choices, **argument):
     raise InputError(f"no such name; {hint}", **argument)
 
 
+def escaped(text):
+    """A text from outside as one line without control characters, which a terminal would obey."""
+    text = str(text)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def printable(text):
     """A name from outside as one short line of printable text."""
-    text = str(text)
-    text = text if text.isprintable() else ascii(text)[1:-1]
+    text = escaped(text)
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 

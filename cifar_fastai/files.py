@@ -3,15 +3,27 @@
 import errno
 import json
 import os
+import stat
+import tempfile
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir
 
 from cifar_fastai.errors import InputError, reason
 
-__all__ = ["atomic_write", "lock_folder", "read_json", "remove_leftovers", "write_json"]
+__all__ = [
+    "atomic_write",
+    "check_regular",
+    "lock_folder",
+    "private_folder",
+    "read_json",
+    "remove_leftovers",
+    "user_folder",
+    "write_json",
+]
 
 
 @contextmanager
@@ -47,10 +59,17 @@ def write_json(path, value):
         file.write("\n")
 
 
+def check_regular(path):
+    """`path`. Raises OSError where it is missing, or no file: whoever opens a pipe waits for its other end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
 def read_json(path):
     """The object in a JSON file as a dict. Raises InputError for a file that is missing, damaged or no object."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(check_regular(path)).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
@@ -80,6 +99,36 @@ def lock_folder(folder):
             with suppress(OSError):
                 os.unlink(lock.lock_file)  # while it is locked: who has opened it sees it unlinked and tries again
             lock.release()
+
+
+def user_folder():
+    """Where the user's caches are, cifar_fastai in the system's folder for them; None for a user without a home."""
+    try:
+        path = Path(user_cache_dir("cifar_fastai", appauthor=False))
+    except RuntimeError:  # HOME is unset, and the system does not know the user
+        return None
+    return path if path.is_absolute() else None  # an older platformdirs returns one that begins with ~
+
+
+def private_folder(name):
+    """A folder of caches which this user alone can read and write, made where needed; in the temporary one at worst.
+
+    Raises OSError where somebody else owns it: what lies there could be theirs.
+    """
+    user = os.geteuid() if hasattr(os, "geteuid") else None
+    folder, temporary = user_folder(), Path(tempfile.gettempdir(), f"cifar_fastai-{user}-{name}")
+    folder = folder / name if folder else temporary
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        folder = temporary
+        folder.mkdir(mode=0o700, exist_ok=True)
+    info = os.lstat(folder)
+    if not stat.S_ISDIR(info.st_mode) or user not in (None, info.st_uid):
+        raise PermissionError(errno.EPERM, "is not a folder of this user", str(folder))
+    if user is not None and info.st_mode & 0o077:
+        os.chmod(folder, 0o700)
+    return folder
 
 
 def remove_leftovers(folder):

@@ -29,6 +29,7 @@ LAYERS = (f"{LAYER}(,{LAYER})*", "give names of layers, separated by commas: lay
 DEVICE = (r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", "give auto, cpu, cuda, cuda:N or mps")
 SEEDS = dict(ge=0, le=2**32 - 1)  # what numpy accepts
 MANY = dict(ge=1, le=10**9)
+SIZE = dict(ge=1e-6, le=1e6)  # float32 has no numbers far beyond
 BETWEEN = dict(gt=0, lt=1)
 PROBABILITY = dict(ge=0, le=1)
 ONE_CYCLE = dict(needs=("sched", "one-cycle"))
@@ -79,9 +80,9 @@ class Settings:
     wd_bn_bias: str = option("yes", "Whether weight decay includes batch norm and biases", choices=YES_NO)
     sched: str = option("none", "Schedule", choices=("one-cycle", "flat-cos", "step", "plateau", "none"))
     pct_start: float = option(0.3, "Fraction of the run before the peak or the fall", **BETWEEN, **ONE_CYCLE_OR_FLAT)
-    peak_epoch: float | None = option(None, "The peak of one-cycle in epochs", gt=0, **ONE_CYCLE)
-    div: float = option(25.0, "one-cycle starts at lr / div", ge=1, **ONE_CYCLE)
-    div_final: float = option(25e4, "one-cycle and flat-cos end at lr / div_final", ge=1, **ONE_CYCLE_OR_FLAT)
+    peak_epoch: float | None = option(None, "The peak of one-cycle in epochs", gt=0, le=10_000, **ONE_CYCLE)
+    div: float = option(25.0, "one-cycle starts at lr / div", ge=1, le=1e12, **ONE_CYCLE)
+    div_final: float = option(25e4, "one-cycle and flat-cos end at lr / div_final", ge=1, le=1e12, **ONE_CYCLE_OR_FLAT)
     anneal: str = option("cos", "Shape of one-cycle", choices=("cos", "linear"), **ONE_CYCLE)
     step_size: int = option(6, "step: epochs between falls", **MANY, needs=("sched", "step"))
     gamma: float = option(0.1, "step, plateau: factor of a fall", **BETWEEN, needs=("sched", "step", "plateau"))
@@ -99,11 +100,11 @@ class Settings:
         None, "Stop after this many epochs without a better validation accuracy", **MANY, **VALID
     )
     label_smoothing: float = option(0.0, "Share of the target spread over all classes", ge=0, lt=1)
-    l1: float | None = option(None, "Weight of the L1 penalty on convolution and linear weights", ge=0)
-    clip: float | None = option(None, "Largest norm of the gradient", gt=0)
-    clip_value: float | None = option(None, "Largest component of the gradient", gt=0)
-    mixup: float | None = option(None, "MixUp's alpha", gt=0)
-    cutmix: float | None = option(None, "CutMix's alpha", gt=0)
+    l1: float | None = option(None, "Weight of the L1 penalty on convolution and linear weights", ge=0, le=1e6)
+    clip: float | None = option(None, "Largest norm of the gradient", **SIZE)
+    clip_value: float | None = option(None, "Largest component of the gradient", **SIZE)
+    mixup: float | None = option(None, "MixUp's alpha", **SIZE)
+    cutmix: float | None = option(None, "CutMix's alpha", **SIZE)
     ema: float | None = option(None, "Decay per step of averaged weights, which are evaluated and saved", **BETWEEN)
     padding: int = option(0, "RandomCrop: pixels of padding on every side (0: no crop)", ge=0, le=31)
     pad_mode: str = option("zeros", "RandomCrop: padding", choices=("zeros", "reflect"), needs=("padding",))
@@ -276,8 +277,10 @@ def _check_value(name, value):
         check_choice(limits["choices"], **{name: value})
     pattern, hint = limits.get("pattern", (".*", ""))
     require(kind is not str or re.fullmatch(pattern, value), hint)
+    with suppress(OverflowError):  # a whole number that no float can hold is beyond every bound
+        value = kind(value)
     bounds = [(holds, words, limits[key]) for key, (holds, words) in _BOUNDS.items() if key in limits]
     texts = [f"{words} {bound}" for _, words, bound in bounds]
     is_in_range = all(holds(value, bound) for holds, _, bound in bounds) and (kind is not float or math.isfinite(value))
     require(is_in_range, f"must be {' and '.join(texts if len(texts) == 2 else [*texts, 'finite'])}")
-    return kind(value)
+    return value

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from cifar_fastai.files import atomic_write, lock_folder, remove_leftovers, write_json
+from cifar_fastai.files import atomic_write, lock_folder, private_folder, remove_leftovers, write_json
 
 
 def test_the_file_is_there_when_the_block_has_ended(tmp_path):
@@ -100,6 +100,24 @@ def test_folders_that_cannot_be_locked_count_as_free(tmp_path, monkeypatch, code
     monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=OSError(code, os.strerror(code))))
     with lock_folder(tmp_path) as free:
         assert free
+
+
+def test_a_private_folder_is_the_users_alone(tmp_path, monkeypatch):
+    """0700 whatever the umask; neither a planted link nor another user's folder is taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    old = os.umask(0)
+    try:
+        assert private_folder("code") == tmp_path / "caches" / "cifar_fastai" / "code"
+    finally:
+        os.umask(old)
+    folder = private_folder("code")
+    folder.chmod(0o777)
+    assert private_folder("code").stat().st_mode & 0o777 == 0o700
+    (folder.parent / "link").symlink_to(tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: 4321)
+    for name in "code", "link":
+        with pytest.raises(PermissionError, match="is not a folder of this user"):
+            private_folder(name)
 
 
 def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):

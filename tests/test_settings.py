@@ -25,6 +25,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def run(arguments, recipe="resnet18"):
+        arguments = arguments.replace("{400 zeros}", 400 * "0").replace("{300 letters}", 300 * "n")
         monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *arguments.split()])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(FOLDER / f"{recipe}.py"), run_name="__main__")
@@ -47,6 +48,7 @@ BAD = """
 --lr find --lr-suggest vally                    | --lr-suggest vally: no such name; did you mean valley?
 --lr 0.1 --lr-suggest slide                     | --lr-suggest slide: goes with --lr find, not 0.1
 --model resnet19                                | --model resnet19: no such name; did you mean resnet18
+--width 0                                       | --width 0: must be at least 1
 --preset Gilf641                                | --preset Gilf641: no such name; did you mean gilf641?
 --preset=                                       | --preset '': no such name; choose from zoo94, kuangliu, sujitojha1
 --opt adamm                                     | --opt adamm: no such name; did you mean adam
@@ -64,7 +66,11 @@ BAD = """
 --pct-start 0.3 --peak-epoch 2                  | --peak-epoch 2.0, --pct-start 0.3: both set the peak
 --peak-epoch 3 --epochs 3                       | --peak-epoch 3.0: must lie before --epochs (3)
 --peak-epoch 2 --sched flat-cos                 | --peak-epoch 2.0: goes with --sched one-cycle, not flat-cos
---div inf                                       | --div inf: must be at least 1 and finite
+--div inf                                       | --div inf: must be at least 1 and at most 1000000000000.0
+--epochs 1{400 zeros}                           | --epochs 10000000000
+--clip-value 1e308                              | --clip-value 1e+308: must be at least 1e-06 and at most 1000000.0
+--mixup 1e-320                                  | --mixup 1e-320: must be at least 1e-06
+--resume {300 letters}                          | File name too long
 --div 10 --sched none                           | --div 10.0: goes with --sched one-cycle, not none
 --div-final 10 --sched step                     | --div-final 10.0: goes with --sched one-cycle or flat-cos, not step
 --anneal cosine                                 | --anneal cosine: no such name; did you mean cos
@@ -112,6 +118,7 @@ BAD = """
 --data=                                         | --data '': must be printable and not empty
 --out=                                          | --out '': must be printable and not empty
 --tensorboard yes                               | unrecognized arguments: yes
+--no-tta --no-explain yes                       | unrecognized arguments: yes
 --resume nowhere                                | --resume nowhere: no such folder
 --resume latest                                 | --resume
 --epocs 3                                       | unrecognized arguments: --epocs 3
@@ -143,6 +150,13 @@ def test_bad_values_are_refused_before_anything_is_read_or_written(command, monk
         ("find_lr", "--start-lr 1 --end-lr 0.1", "--start-lr 1.0, --end-lr 0.1"),
         ("find_lr", "--end-lr inf", "--end-lr inf"),
         ("find_lr", "--num-it 0", "--num-it 0"),
+        ("find_lr", "--num-it 1{400 zeros}", "--num-it 1000000"),
+        ("find_lr", "--end-lr 1e308", "--end-lr 1e+308"),
+        ("find_lr", "--out {300 letters}.png", "File name too long"),
+        ("explain", "{300 letters}", "File name too long"),
+        ("explain", "a\x1b[31mb", r"a\x1b[31mb: not a run's folder"),
+        ("results", "{300 letters}", "File name too long"),
+        ("sweep", "{300 letters}", "File name too long"),
         ("find_lr", "--num-it many", "argument --num-it: invalid int value"),
         ("find_lr", "--out a/b.png", "--out a/b.png"),
     ],

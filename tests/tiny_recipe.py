@@ -16,12 +16,13 @@ from fastai.learner import Learner
 from tiny_net import TinyNet
 
 from cifar_fastai import models
-from cifar_fastai.runs import folder, results, train
+from cifar_fastai.runs import folder, results, run, train
 from cifar_fastai.training import checkpoint, loggers, recorder
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "resnet18.py"
 POINTS = {  # where a run can be hit: in front of these functions
     "data": (train, "load_images"),
+    "images": (run, "load_images"),
     "folder": (train, "make_folder"),
     "step": (Learner, "_do_grad_opt"),
     "validate": (Learner, "_do_epoch_validate"),
@@ -107,11 +108,12 @@ ACTIONS = {
 }
 
 
-def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cache=None, second=None):
+def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cache=None, second=None, closed=()):
     """The process of a run with the command line `args`; stdout and stderr go to the files `outputs`.
 
     `at="step 7 KILL"` acts at the 7th step (POINTS, ACTIONS); `place` is the folder that an action needs. The run's
-    last checkpoint is kept as last.pth in `cwd`. `second` replaces the time of day, `tiny=False` uses the real network.
+    last checkpoint is kept as last.pth in `cwd`. `second` replaces the time of day, `tiny=False` uses the real network,
+    and the descriptors in `closed` are closed.
     """
     for descriptor, path in enumerate((os.devnull, *outputs)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), descriptor)
@@ -136,6 +138,9 @@ def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cac
     if second:
         folder.time = SimpleNamespace(strftime=lambda form: second)
     sys.argv = [str(RECIPE), *args]
+    for descriptor in closed:
+        os.close(descriptor)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)  # as at Python's start
     try:
         runpy.run_path(str(RECIPE), run_name="__main__")
     finally:

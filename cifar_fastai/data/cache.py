@@ -8,9 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-from platformdirs import user_cache_dir
 
-from cifar_fastai.files import atomic_write
+from cifar_fastai.files import atomic_write, check_regular, private_folder, user_folder
 
 _VERSION = 5  # of the file's layout, and of how images are decoded
 _DAY = 24 * 60 * 60  # seconds
@@ -18,7 +17,9 @@ _DAY = 24 * 60 * 60  # seconds
 
 def cache_folder():
     """Where decoded images are kept: $CIFAR_FASTAI_CACHE, or cifar_fastai in the user's own cache folder."""
-    return Path(os.environ.get("CIFAR_FASTAI_CACHE") or user_cache_dir("cifar_fastai", appauthor=False))
+    if folder := os.environ.get("CIFAR_FASTAI_CACHE"):
+        return Path(folder)
+    return user_folder() or private_folder("images")
 
 
 def load(folder, key):
@@ -26,7 +27,7 @@ def load(folder, key):
 
     Images are read into memory, not mapped, so that a run goes on when its cache is deleted or written anew.
     """
-    with suppress(Exception), np.load(_path(folder, key), allow_pickle=False) as archive:
+    with suppress(Exception), np.load(check_regular(_path(folder, key)), allow_pickle=False) as archive:
         fields, images, labels = _read_about(archive), archive["images"], archive["labels"]  # the zip's CRC is checked
         kinds = (images.shape, labels.shape, images.dtype, labels.dtype)
         n, size = fields.pop("n"), images.shape[-1]
@@ -52,7 +53,7 @@ def entries(folder):
     """A dict for each data set stored here: its key and the fields of its ImageSet, arrays apart."""
     result = []
     for path in sorted(Path(folder).glob(f"v{_VERSION}-*.npz")):
-        with suppress(Exception), np.load(path, allow_pickle=False) as archive:
+        with suppress(Exception), np.load(check_regular(path), allow_pickle=False) as archive:
             result.append(_read_about(archive))
     return result
 

@@ -103,7 +103,12 @@ class Folder(Source):
         with reading(self.path, *self.problem):
             for parents in folders:  # which grows
                 folder = os.path.join(self.path, *parents)
-                children = sorted(child for child in os.listdir(folder) if not _is_hidden(child))
+                try:
+                    children = sorted(child for child in os.listdir(folder) if not _is_hidden(child))
+                except PermissionError:
+                    if parents and not MARKS.intersection(parents):  # a neighbour that nobody needs, as lost+found
+                        continue
+                    raise
                 if not MARKS.intersection(parents):  # neighbours of any size do no harm
                     tops = [name for name in children if not parents and os.path.isdir(os.path.join(folder, name))]
                     children = (

@@ -1,8 +1,8 @@
 """One pass of a learner over a split (`predict`), and the metrics and tables that follow from it (`Predictions`)."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cifar_fastai.errors import InputError, check_choice, reason
 from cifar_fastai.evaluation.tta import PLAIN, TTA, view
-from cifar_fastai.files import atomic_write
+from cifar_fastai.files import atomic_write, check_regular
 
 COLUMNS = dict(index=np.int64, target=object, predicted=object, confidence=np.float32, loss=np.float32)
 
@@ -112,9 +112,13 @@ class Predictions:
         return names[self.targets[positions]].tolist(), names[self.predicted[positions]].tolist()
 
     def to_csv(self, path):
-        """Write one row per image: index, target and predicted (class names), confidence, loss. Atomic."""
+        """Write one row per image: index, target and predicted (class names), confidence, loss. Atomic.
+
+        A name that a spreadsheet would compute, such as =1+1, gets an apostrophe in front.
+        """
+        names = ([re.sub(r"^(?='*[=+\-@])", "'", name) for name in column] for column in self.names_at(slice(None)))
         # numpy writes a float32 as the shortest text that reads back as the same float32
-        values = self.indices, *self.names_at(slice(None)), self.confidence.astype(str), self.losses.astype(str)
+        values = self.indices, *names, self.confidence.astype(str), self.losses.astype(str)
         with atomic_write(path) as file:
             pd.DataFrame(dict(zip(COLUMNS, values, strict=True))).to_csv(file, index=False, lineterminator="\n")
 
@@ -126,9 +130,11 @@ class Predictions:
         """
         missing = dict.fromkeys(("confidence", "loss"), ["nan"])  # elsewhere a text such as "NA" is the name of a class
         try:
-            table = pd.read_csv(Path(path), dtype=COLUMNS, keep_default_na=False, na_values=missing)
+            table = pd.read_csv(check_regular(path), dtype=COLUMNS, keep_default_na=False, na_values=missing)
             if list(table) != list(COLUMNS) or table.empty or not isinstance(table.index, pd.RangeIndex):
                 raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in one row for each image")
+            for column in "target", "predicted":
+                table[column] = table[column].str.replace(r"^'(?='*[=+\-@])", "", regex=True)
             names = {*table["target"], *table["predicted"]}
             classes = tuple(classes or sorted(names))
             if not names <= {*classes}:

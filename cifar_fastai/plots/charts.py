@@ -109,18 +109,26 @@ def plot_lr_find(lrs, losses, suggestions):
     return fig
 
 
+MANY_CLASSES, MOST_CONFUSED = 100, 40  # with more classes, charts show this many of the worst
+
+
 @rc_context(STYLE)
 def plot_class_accuracy(class_accuracy, accuracy):
     """A bar for every class, best first, and a line at the `accuracy` of all images.
 
-    `class_accuracy`: {name: fraction, or None or NaN for a class without images}, at least one.
+    `class_accuracy`: {name: fraction, or None or NaN for a class without images}, at least one. Of more than 100
+    classes, the 40 of the lowest accuracy are drawn.
     """
     values = np.array(list(class_accuracy.values()), float)
-    order = np.argsort(-np.nan_to_num(values, nan=-1), kind="stable")
-    n_columns = 1 if len(values) <= 40 else 2
-    n_rows = -(-len(values) // n_columns)
-    names = [wrap(name, 2.6 / n_columns) for name in class_accuracy]
-    height = max(0.27 if n_rows <= 20 else 0.19, *(0.16 * len(name.splitlines()) for name in names))  # inches
+    order, which = np.argsort(-np.nan_to_num(values, nan=-1), kind="stable"), "best first"
+    if len(values) > MANY_CLASSES:
+        measured = order[np.isfinite(values[order])]
+        order, which = measured[-MOST_CONFUSED:], f"the {MOST_CONFUSED} lowest of {len(values):,}"
+    n_columns = 1 if len(order) <= 40 else 2
+    n_rows = -(-len(order) // n_columns)
+    names = {k: wrap(list(class_accuracy)[k], 2.6 / n_columns) for k in order}
+    n_lines = max((len(name.splitlines()) for name in names.values()), default=1)
+    height = max(0.27 if n_rows <= 20 else 0.19, 0.16 * n_lines)  # inches
     fig = Picture(figsize=(WIDTH, 1.6 + n_rows * height), layout="constrained")
     for ax, part in zip(fig.subplots(1, n_columns, squeeze=False)[0], np.array_split(order, n_columns), strict=True):
         ax.barh(range(len(part)), values[part], color=style.BLUE, alpha=0.75, height=0.7)
@@ -131,7 +139,7 @@ def plot_class_accuracy(class_accuracy, accuracy):
         ax.set(xlim=(0, 1), ylim=(n_rows - 0.4, -0.6), xlabel="accuracy")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         ax.grid(False, axis="y")
-    fig.suptitle("Accuracy by class, best first")
+    fig.suptitle(f"Accuracy by class, {which}")
     fig.legend([line], [f"all images: {percent(accuracy)}"], loc="outside lower center", fontsize=style.NORMAL)
     return fig
 
@@ -141,10 +149,13 @@ def plot_confusion_matrix(matrix, classes):
     """Numbers of images by true class (rows) and predicted class (columns).
 
     `matrix`: int (C, C); `classes`: C names. Errors are coloured by their number, on a scale to 5 at least, right
-    answers by their share of the true class; zeros stay white. Raises ValueError when the shapes disagree.
+    answers by their share of the true class; zeros stay white. Of more than 100 classes, the most confused pairs are
+    drawn, as bars. Raises ValueError when the shapes disagree.
     """
     check_lengths(dict(matrix=matrix, classes=classes), at_least=1)
     matrix, n = np.asarray(matrix), len(classes)
+    if n > MANY_CLASSES:
+        return _plot_most_confused(matrix, classes)
     cell = np.clip(5.6 / n, 0.1, 1)  # inches
     size = min(9.5, 72 * 0.85 * cell)  # points
     names = [wrap(name, 2, size) for name in classes]
@@ -174,6 +185,22 @@ def plot_confusion_matrix(matrix, classes):
     ax.spines[:].set_visible(True)
     title = "Confusion matrix, numbers of images" if font >= 5 else "Confusion matrix"
     ax.set(title=title, xlabel="predicted class\nblue: right answers, by share of the true class", ylabel="true class")
+    return fig
+
+
+def _plot_most_confused(matrix, classes):
+    """A bar for each of the pairs of classes that are confused most often."""
+    errors = matrix * ~np.eye(len(classes), dtype=bool)
+    cells = np.argsort(-errors, axis=None, kind="stable")[:MOST_CONFUSED]
+    pairs = [(t, p) for t, p in zip(*np.unravel_index(cells, errors.shape), strict=True) if errors[t, p]]
+    names = [wrap(f"{classes[t]} taken for {classes[p]}", 3.6) for t, p in pairs]
+    fig = Picture(figsize=(WIDTH, 1.4 + 0.19 * sum(len(name.splitlines()) for name in names)), layout="constrained")
+    ax = fig.subplots()
+    ax.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=style.VERMILION, height=0.7)
+    ax.set_yticks(range(len(pairs)), names, fontsize=SMALL, parse_math=False)
+    ax.set(title=f"Most confused of {len(classes):,} classes", xlabel="number of images", ylim=(len(pairs) - 0.4, -0.6))
+    _use_whole_numbers(ax.xaxis)
+    ax.grid(False, axis="y")
     return fig
 
 

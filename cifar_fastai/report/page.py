@@ -18,7 +18,7 @@ from matplotlib import rc_context
 
 from cifar_fastai.evaluation.predictions import Predictions
 from cifar_fastai.files import atomic_write, read_json
-from cifar_fastai.plots.charts import plot_curves
+from cifar_fastai.plots.charts import MANY_CLASSES, MOST_CONFUSED, plot_curves
 from cifar_fastai.plots.style import BLUE, VERMILION
 from cifar_fastai.report.tiles import SHEET, data_uri
 from cifar_fastai.training.recorder import read_history
@@ -53,11 +53,12 @@ def write_report(run_dir, tiles=None, command=None):
     paths = {name: run_dir / name for name in ("history.csv", "summary.txt", "predictions.csv")}
     exists = {name: path.is_file() for name, path in paths.items()}
     history = read_history(paths["history.csv"]) if exists["history.csv"] else []
-    summary = paths["summary.txt"].read_text(encoding="utf-8") if exists["summary.txt"] else ""
+    summary = paths["summary.txt"].read_text("utf-8", "replace") if exists["summary.txt"] else ""
     classes = tuple(config["classes"] or metrics["class_accuracy"] or ())
     predictions = Predictions.from_csv(paths["predictions.csv"], classes) if exists["predictions.csv"] else None
     classes = predictions.classes if predictions else classes
     matrix = predictions.confusion_matrix if predictions else np.zeros((len(classes),) * 2, int)
+    pairs = predictions.most_confused() if predictions else []
     n_images, n_errors = int(matrix.sum()), int(matrix.sum() - matrix.trace())
     tiles = tiles if n_errors else None
     eval_split = metrics["eval_split"] or config["eval_split"] or "test"
@@ -69,7 +70,12 @@ def write_report(run_dir, tiles=None, command=None):
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context = dict(run=run_dir.resolve().name, config=config, metrics=metrics, history=history, summary=summary)
     context |= dict(command=command, split=split, facts=_facts(config), classes=classes, predictions=predictions)
-    context |= dict(matrix=matrix.tolist(), shades=_shades(matrix).tolist(), n_images=n_images, n_errors=n_errors)
+    context |= dict(pairs=pairs, most_confused_with={true: (name, n) for true, name, n in reversed(pairs)})
+    numbers = {name: k for k, name in enumerate(classes)}
+    context |= dict(errors=[(numbers[true], numbers[name], n) for true, name, n in pairs])
+    if len(classes) <= MANY_CLASSES:
+        context |= dict(matrix=matrix.tolist(), shades=_shades(matrix).tolist())
+    context |= dict(n_pairs=MOST_CONFUSED, n_images=n_images, n_errors=n_errors)
     context |= dict(tiles=tiles, sheet=SHEET, script=script, script_hash=script_hash, eval_split=eval_split)
     context |= dict(curves=_draw_curves(history, eval_split), of_errors=OF_ERRORS)
     context |= dict(figures=_read_figures(run_dir, OF_ERRORS if tiles else () if n_errors else OF_ERRORS[1:]))
@@ -166,6 +172,7 @@ def _value(value):
     """A setting as a person would type it."""
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
+    if isinstance(value, (list, dict)):
+        items = value.items() if isinstance(value, dict) else [("", item) for item in value]
+        return ", ".join(f"{key} {_value(item)}".strip() for key, item in items)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -60,7 +60,7 @@ def explain_run(
             predictions = Predictions.from_csv(Path(run) / "predictions.csv", tuple(map(str, learn.dls.vocab)))
             figure = _explain_errors(learn, split, dl, predictions, n, layers, method, target, alpha)
     save_figure(figure, out)
-    print(f"picture: {out}")
+    print(f"picture: {printable(out)}")
     return out
 
 

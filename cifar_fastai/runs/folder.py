@@ -6,19 +6,26 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from cifar_fastai.errors import InputError, reason
+from cifar_fastai.data.sources import SPLITS
+from cifar_fastai.errors import InputError, printable, reason
 from cifar_fastai.files import read_json
 from cifar_fastai.training.recorder import in_epochs
 
 __all__ = ["describe_run", "is_run", "make_folder", "picture_path", "read_config"]
 
 
-def make_folder(recipe, out=None):
-    """A new folder for a run: `out`, or runs/<recipe>-<date>-<time>. InputError where a run is there already."""
+def make_folder(recipe, out=None, data=""):
+    """A new folder for a run: `out`, or runs/<recipe>-<date>-<time>.
+
+    Raises InputError where a run is there already, and among the images of `data`, where it would become a class.
+    """
     if out is None:
         return _make_default_folder(f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(out)
+    folder, data = Path(out), Path(os.path.expanduser(data))
     try:
+        splits = [path for name in SPLITS for path in (data / name, *data.glob(f"*/{name}"))]
+        if any(Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(split)) for split in splits):
+            raise InputError("lies among the images, where it would become a class; choose another folder", out=out)
         if (folder / "metrics.json").exists():
             raise InputError("holds a finished run; choose another folder", out=out)
         if (folder / "checkpoint.pth").exists():
@@ -74,7 +81,7 @@ def describe_run(folder):
         metrics = read_json(Path(folder) / "metrics.json")
         split, seconds = "valid" if metrics["test_accuracy"] is None else "test", metrics["seconds"]
         duration = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
-        return (
+        return printable(
             f"{metrics['model']} on {metrics['dataset']}: {in_epochs(metrics['epochs'])} in {duration} "
             f"on {config.get('hardware')}; {split} accuracy {metrics[f'{split}_accuracy']:.2%}"
         )

@@ -1,66 +1,176 @@
-"""The run's folder of a learner that was trained in a notebook: what a recipe writes, from the same code."""
+"""The run's folder of a learner that is trained in a notebook: what a recipe writes, from the same code."""
 
-from dataclasses import replace
+from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
 
 import numpy as np
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import format_time
 
 from cifar_fastai.data.images import CIFAR100_COARSE, DIGITS, FASTAI_SOURCE, NAMED
 from cifar_fastai.errors import InputError, renamed
+from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.plots.style import save_figure
-from cifar_fastai.runs.folder import make_folder
+from cifar_fastai.runs.folder import describe_run, is_run, make_folder, read_config
 from cifar_fastai.runs.results import write_results
-from cifar_fastai.runs.run import Run
-from cifar_fastai.settings import Settings
-from cifar_fastai.training.recorder import read_history, write_history
+from cifar_fastai.runs.run import Run, check_images, restore_history
+from cifar_fastai.settings import OPTIONS, Settings
+from cifar_fastai.training.checkpoint import Checkpoint, load_checkpoint, load_weights, plain
+from cifar_fastai.training.recorder import in_epochs, read_history, write_history
 from cifar_fastai.training.schedule import one_cycle_steps
 
-__all__ = ["write_run"]
+__all__ = ["KeepRun", "write_run"]
+
+
+class KeepRun(Checkpoint):
+    """Train into the run's folder `folder`: `learn.fit_one_cycle(20, lr, cbs=KeepRun("runs/x"))`.
+
+    The folder holds what a recipe's holds while it trains: config.json, history.csv, and checkpoint.pth after every
+    epoch. The same call after a crash goes on after the last epoch, on a CPU to the digit; once all are done it loads
+    the result instead of training. `write_run(learn, folder)` completes the folder.
+
+    For a learner from `cifar_learner` on `cifar_dls`, in every fit but `fine_tune`, which makes two: one folder holds
+    one. A callback of your own names in a class attribute `saved` the attributes that a resumed fit needs. InputError
+    for a folder with another fit, which names the difference, and for one that another process trains in.
+    """
+
+    _stateattrs = ("stack",)
+
+    def __init__(self, folder):
+        super().__init__(Path(folder) / "checkpoint.pth", {})
+        self.folder, self.stack = Path(folder), ExitStack()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "learn" and value is None:  # the fit has ended, perhaps with an error
+            self.stack.close()
+
+    def before_fit(self):
+        learn, folder, history = self.learn, self.folder, _history(self.learn, "KeepRun")
+        for cb in learn._grab_cbs(GradientAccumulation):
+            if len(self.dls.train) % ceil(cb.n_acc / self.dls.train.bs):
+                raise InputError("leaves gradients at the end of an epoch, which no checkpoint holds", n_acc=cb.n_acc)
+        is_new, self.first_epoch = not is_run(folder), 0
+        if is_new:
+            with renamed(out="folder"):
+                make_folder("notebook", str(folder), learn.dls.images.source)
+        if not self.stack.enter_context(lock_folder(folder)):
+            raise InputError("another process is training there; choose another folder", folder=str(folder))
+        remove_leftovers(folder)
+        self.stack.callback(setattr, history, "path", history.path)
+        history.path = folder / "history.csv"
+        fit, lrs = self._describe()
+        if is_new:
+            history.origin = {}  # of a loaded learner
+            run = _run(learn, folder, len(history.rows) + self.n_epoch, history.lrs + lrs, fit)
+            run.write_config()
+        config = run.config if is_new else self._go_on(fit)
+        self.meta = dict(config=config, given=fit, recipe="", fingerprint=self.dls.images.fingerprint)
+
+    def _describe(self):
+        """(what makes the fit, by name; the learning rate of its steps, or one that stays)."""
+        n, hypers = self.n_epoch * len(self.dls.train), self.opt.hypers
+        steps = {name: [[hyper.get(name) for hyper in hypers]] for name in ("lr", "wd")}  # by step and parameter group
+        for cb in self.learn._grab_cbs(ParamScheduler):
+            steps |= {name: [np.ravel(value(k / n)).tolist() for k in range(n)] for name, value in cb.scheds.items()}
+        lrs = plain([values[-1] for values in steps["lr"]])
+        names = {cb.name for cb in self.learn.cbs} - {"progress", "precision", "scaled_step", self.name}
+        samples = {f"{name} by step": values[:: 1 + len(values) // 5] for name, values in steps.items()}
+        return plain(_settings(self.learn, self.n_epoch, lrs) | dict(callbacks=sorted(names)) | samples), lrs
+
+    def _go_on(self, fit):
+        """Restore what the folder holds, if it is of this `fit`, and show its epochs; the content of config.json."""
+        learn, folder, saved = self.learn, self.folder, load_checkpoint(self.path) if self.path.exists() else None
+        config = saved["config"] if saved else read_config(folder)
+        if saved and saved["recipe"]:
+            raise InputError("a recipe's run; resume it there, or choose another folder", folder=str(folder))
+        values = config["parameters"] | (config["given"] if config["recipe"] is None else {})
+        is_kind = saved and str(config["device"]).startswith(self.dls.device.type)  # another may have no such precision
+        for name in fit:
+            if name in values and fit[name] != values[name] and (is_kind or name != "precision"):
+                other = f"in {folder}, which holds one fit (fine_tune makes two); choose another folder"
+                raise InputError(f"it is {values[name]} {other}", **{name: fit[name]})
+        check_images(self.dls.images, config)
+        if saved:
+            self.restore = saved
+            super().before_fit()
+        else:
+            load_weights(self.model, folder / "model.pth")
+            settings = Settings(**{name: x for name, x in config["parameters"].items() if name in OPTIONS})
+            restore_history(learn, folder, settings, config)
+            self.first_epoch = self.n_epoch
+        n = saved["epoch"] if saved else self.n_epoch
+        if self.first_epoch < self.n_epoch:
+            print(f"going on with {folder} after epoch {n} of {self.n_epoch}")
+        else:
+            print(f"Loaded, not trained here: {in_epochs(n) if saved else describe_run(folder)}")
+        bar = getattr(getattr(learn, "progress", None), "mbar", None)
+        if bar is not None:
+            bar.update(0)  # starts its clock, as epoch 0 does
+        for epoch, row in enumerate(learn.history.rows[-n:]):
+            values = row | dict(epoch=epoch, time=format_time(row["seconds"]))
+            self.logger([values.get(name, values.get(f"valid_{name}")) for name in self.recorder.metric_names])
+        return config
 
 
 def write_run(learn, folder=None):
     """Evaluate `learn`, from `cifar_learner` on `cifar_dls`, and write its run's folder: all that a recipe writes.
 
-    `folder`: by default runs/notebook-<date>-<time>; nothing is done where it holds this very run. config.json states
-    how the learner was made, and its fit if that was a single `fit_one_cycle`, else its highest learning rate; it does
-    not know your own callbacks. Returns the path of report.html. Raises InputError for another learner, for one that
-    was not trained, and for a folder with another run.
+    `folder`: by default runs/notebook-<date>-<time>, or that of `KeepRun`; nothing is done where it holds this very
+    run. config.json states how the learner was made, and its fit if that was a single `fit_one_cycle`, else its highest
+    learning rate; it does not know your own callbacks. Returns the path of report.html. Raises InputError for another
+    learner, for one that was not trained to its end, and for a folder with another run.
     """
-    history, images = getattr(learn, "history", None), getattr(learn.dls, "images", None)
-    if history is None or images is None:
-        raise InputError("write_run takes a learner made by cifar_learner with DataLoaders made by cifar_dls")
+    history, overrides = _history(learn, "write_run"), {}
     if not history.rows:
         raise InputError("there is no epoch to write: train the learner first")
-    if folder is not None and _holds(Path(folder), history.rows):
-        print(f"{folder} holds this run")
-        return Path(folder) / "report.html"
-    with renamed(out="folder"):
-        folder = make_folder("notebook", folder)
-    names = {name: data for data, name in NAMED.items()} | {DIGITS: "digits"}
-    is_remote = "://" in images.source or images.source == FASTAI_SOURCE
-    data = names[images.name] if is_remote or images.name in (DIGITS, CIFAR100_COARSE) else images.source
-    s = Settings(**{"seed": None, **learn.settings, "data": data, "epochs": len(history.rows)})
-    if history.lrs and not _is_one_cycle(s, history, len(learn.dls.train)):
-        s = replace(s, sched="none", lr=max(history.lrs))
-    run = Run(None, s, {}, images, learn, s.bs, s.lr, s.flip, s.precision, folder=folder)
-    test = getattr(learn, "range_test", None)
-    if test is not None:
-        run.suggestions = test.suggestions
-        save_figure(test.plot(), folder / "lr_find.png")
+    table = Path("" if folder is None else folder) / "history.csv"
+    if folder is not None and is_run(folder) and table.exists() and read_history(table) == history.rows:
+        folder = Path(folder)  # of this very run: the times of its epochs distinguish it from any other
+        if not (folder / "checkpoint.pth").exists():
+            print(f"{folder} holds this run")
+            return folder / "report.html"
+        if not load_checkpoint(folder / "checkpoint.pth")["finished_epochs"]:
+            raise InputError("its fit is not finished: run it again to go on", folder=str(folder))
+        overrides = read_config(folder)["given"]
+    else:
+        with renamed(out="folder"):
+            folder = make_folder("notebook", folder, learn.dls.images.source)
+    run = _run(learn, folder, len(history.rows), history.lrs, overrides)
+    if run.suggestions is not None:
+        save_figure(learn.range_test.plot(), folder / "lr_find.png")
     run.write_config()
     write_history(folder / "history.csv", history.rows)
     write_results(run)
+    (folder / "checkpoint.pth").unlink(missing_ok=True)
     return folder / "report.html"
 
 
-def _is_one_cycle(settings, history, n_steps):
-    """Whether the steps of the history are those of the one cycle that `settings` describe."""
-    if settings.sched != "one-cycle" or len(history.lrs) != settings.epochs * n_steps:
-        return False
-    return np.allclose(history.lrs, one_cycle_steps(settings, len(history.lrs))[0])
+def _history(learn, name):
+    """The history of a learner from `cifar_learner` on `cifar_dls`; InputError for another one."""
+    if not hasattr(learn, "history") or not hasattr(learn.dls, "images"):
+        raise InputError(f"{name} takes a learner made by cifar_learner with DataLoaders made by cifar_dls")
+    return learn.history
 
 
-def _holds(folder, rows):
-    """Whether the finished run in `folder` has these epochs; their times distinguish it from any other."""
-    is_finished = (folder / "report.html").exists() and (folder / "history.csv").exists()
-    return is_finished and read_history(folder / "history.csv") == rows
+def _run(learn, folder, epochs, lrs, overrides):
+    """A `Run` of the learner's fits, of `epochs` epochs with the rates `lrs`."""
+    images, test = learn.dls.images, getattr(learn, "range_test", None)
+    names = {name: data for data, name in NAMED.items()} | {DIGITS: "digits"}
+    is_remote = "://" in images.source or images.source == FASTAI_SOURCE
+    data = names[images.name] if is_remote or images.name in (DIGITS, CIFAR100_COARSE) else images.source
+    s = Settings(**{"seed": None, **_settings(learn, epochs, lrs), "data": data})
+    about = dict(suggestions=test and test.suggestions, folder=folder)
+    return Run(None, s, overrides, images, learn, s.bs, s.lr, s.flip, s.precision, **about)
+
+
+def _settings(learn, epochs, lrs):
+    """The learner's parameters, with those of its one cycle if `lrs` are its rates, else with the highest of them."""
+    values, n = learn.settings | dict(epochs=epochs), epochs * len(learn.dls.train)
+    s = Settings(**values)
+    if not lrs or s.sched == "one-cycle" and len(lrs) == n and np.allclose(lrs, one_cycle_steps(s, n)[0]):
+        return values
+    values = {name: x for name, x in values.items() if OPTIONS[name].metadata.get("needs", [""])[0] != "sched"}
+    return values | dict(sched="none", lr=max(lrs))

@@ -13,6 +13,7 @@ from fastai.callback.hook import hook_outputs
 from cifar_fastai.api import gradcam, predict
 from cifar_fastai.data.images import DIGITS
 from cifar_fastai.data.loaders import reported_dl
+from cifar_fastai.errors import escaped
 from cifar_fastai.evaluation.gradcam import PER_CHANNEL, default_layer
 from cifar_fastai.evaluation.predictions import images_at
 from cifar_fastai.evaluation.tta import TTA
@@ -64,7 +65,7 @@ def write_results(run, command_line=None):
     _print_results(run, metrics, plain, split)
     if tiles is not None:
         print(f"explained {len(tiles.indices):,} of {len(plain.errors):,} errors in {seconds:.0f} s")
-    print(f"all of it on one page: {folder / 'report.html'}", flush=True)
+    print(f"all of it on one page: {escaped(folder / 'report.html')}", flush=True)
 
 
 def _metrics(run, plain, tta, split):

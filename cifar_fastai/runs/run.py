@@ -1,5 +1,6 @@
 """A run as an object: its settings, the decisions about them, and its learner; also how to load a finished run."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -13,7 +14,7 @@ from fastai.learner import Learner
 from cifar_fastai.api import ImageSet, cifar_dls, cifar_learner, load_images
 from cifar_fastai.data.images import CIFAR10
 from cifar_fastai.data.loaders import augmentations, default_bs, split_rows
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, printable
 from cifar_fastai.files import write_json
 from cifar_fastai.hardware import choose_device, choose_precision, hardware_name, versions
 from cifar_fastai.runs.folder import read_config
@@ -23,8 +24,7 @@ from cifar_fastai.training.checkpoint import load_weights
 from cifar_fastai.training.recorder import read_history
 from cifar_fastai.training.schedule import one_cycle_steps
 
-__all__ = ["Run", "build_run", "load_network", "load_run", "suit_data"]
-
+MACHINE = "device", "hardware", "precision", "compiled", "versions"  # of config.json; they decide about the last digits
 _AUGMENT = signature(augmentations).parameters.keys() - {"flip", "size"}
 _OPTIMIZATION = "opt", "momentum", "mom_min", "nesterov", "wd", "wd_bn_bias", "label_smoothing"
 _CALLBACKS = dict(l1=L1Penalty, clip=GradientClip, clip_value=ClipValue, mixup=MixUp, cutmix=CutMix, ema=WeightAverage)
@@ -79,11 +79,21 @@ class Run:
         images, dls, (hardware, software) = self.images, self.learn.dls, self.machine
         config = dict(recipe=self.recipe, given=self.overrides, parameters=self.parameters)
         config |= dict(data_name=images.name, data_source=images.source, data_fingerprint=images.fingerprint)
+        path = os.path.abspath(os.path.expanduser(images.source))
+        config |= dict(
+            data_path=path if os.path.exists(path) else None
+        )  # found from any folder, and without CIFAR10_PATH
         config |= dict(note=images.note, classes=list(images.classes), train_images=len(dls.train_ds))
         config |= dict(mean=list(map(float, images.mean)), std=list(map(float, images.std)))
         config |= dict(device=str(self.device), hardware=hardware, precision=self.precision)
         config |= dict(compiled=self.compiled, eval_split=self.eval_split, versions=software)
         config |= {} if self.suggestions is None else dict(lr_find=self.suggestions)
+        if self.checkpoint:
+            parts, start = self.checkpoint["config"].get("earlier_parts", []), self.checkpoint["config"]
+            if any(start.get(name) != config[name] for name in MACHINE):
+                epochs = dict(epochs=self.checkpoint["epoch"])
+                parts = [*parts, epochs | {name: start.get(name) for name in MACHINE}]
+            config |= dict(earlier_parts=parts) if parts else {}
         return config | self.history.origin  # the machine of a loaded learner, if no training followed
 
     @cached_property
@@ -133,24 +143,47 @@ def load_run(folder, device="auto", data=None, weights="model.pth"):
     run is not finished, a file is damaged, or the images differ from those that it was trained with.
     """
     config, settings, device, precision, path = _read_run(folder, device, weights)
-    images = (
-        data if isinstance(data, ImageSet) else load_images(settings.data if data is None else data, size=settings.size)
-    )
-    is_cifar10 = images.name == config.get("data_name") == CIFAR10  # earlier runs had them in the order of their files
-    if images.fingerprint != config.get("data_fingerprint") and not is_cifar10:
-        trained = f"not the images this run was trained with ({config.get('data_name')})"
-        raise InputError(f"{images.source}: {trained}; say where those are with `data`")
+    images = load_same_images(config, settings, data)
     learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
     load_weights(learn.model, path)
-    _restore_history(learn, Path(folder), settings, config)
+    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    restore_history(learn, Path(folder), settings, config)
     return learn, config
+
+
+def check_images(images, config, exact=False):
+    """InputError unless `images`, an ImageSet, are those of the run with this config.json."""
+    is_cifar10 = images.name == config.get("data_name") == CIFAR10  # by earlier runs in the order of its files
+    if images.fingerprint != config.get("data_fingerprint") and (exact or not is_cifar10):
+        trained = printable(config.get("data_name"))
+        raise InputError(f"{images.source}: not the images this run was trained with ({trained})")
+
+
+def load_same_images(config, settings, data=None, exact=False):
+    """The images of the run with this config.json. `data`: an ImageSet, or their place, if they have moved.
+
+    By default they are where they were, or where the run's own `data` leads now. Raises InputError for others.
+    """
+    places = [place for place in (config.get("data_path"), settings.data) if isinstance(place, str)]
+    problem = None
+    for place in places if data is None else [data]:
+        try:
+            images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size)
+            check_images(images, config, exact)
+            return images
+        except InputError as error:
+            problem = problem or error
+    raise InputError(f"{problem}; say where the run's images are with `data`")
 
 
 def load_network(folder, device="auto"):
     """The learner of a finished run for other images; it does not need the run's. InputError as for `load_run`."""
     config, settings, device, precision, path = _read_run(folder, device)
-    for name in ("classes", "data_name", "data_source", "mean", "std"):
-        if not config.get(name):
+    are_valid = {name: type(config.get(name)) is str for name in ("data_name", "data_source")}
+    are_valid |= dict(classes=_is_list(config.get("classes"), str))
+    are_valid |= {name: _is_list(config.get(name), float, 3) for name in ("mean", "std")}
+    for name, is_valid in are_valid.items():
+        if not is_valid:
             raise InputError(f"{Path(folder) / 'config.json'}: holds no {name}")
     classes, n = tuple(config["classes"]), len(config["classes"])
     size, labels = settings.size or 32, np.tile(np.arange(n), 2)
@@ -163,6 +196,10 @@ def load_network(folder, device="auto"):
     return learn
 
 
+def _is_list(value, kind, n=None):
+    return type(value) is list and {*map(type, value)} == {kind} and len(value) == (n or len(value))
+
+
 def _read_run(folder, device, weights="model.pth"):
     """(config, settings, device, precision, path of the weights) of a finished run, to load it on `device`."""
     config, path = read_config(folder), Path(folder) / weights
@@ -171,18 +208,18 @@ def _read_run(folder, device, weights="model.pth"):
     precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
     if not path.exists():
         is_finished = (Path(folder) / "metrics.json").exists()
-        advice = "" if is_finished else "; the run is not finished: resume it with its recipe"
+        advice = "" if is_finished else "; the run is not finished: resume it with its recipe or notebook"
         raise InputError(f"{folder}: no {weights} in it{advice}")
     return config, settings, device, precision, path
 
 
-def _restore_history(learn, folder, settings, config):
-    """Give `learn` the history and the settings of the run in `folder`."""
+def restore_history(learn, folder, settings, config):
+    """Give `learn` the history of the finished run in `folder`."""
     history = learn.history
-    learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
-    history.origin = {name: config.get(name) for name in ("device", "hardware", "precision", "compiled", "versions")}
+    history.lrs, history.moms = [], []
+    history.origin = {name: config.get(name) for name in MACHINE}
     if (folder / "history.csv").exists():
-        history.rows.extend(read_history(folder / "history.csv"))
+        history.rows = read_history(folder / "history.csv")
     if settings.sched == "one-cycle":
         n_steps = len(learn.dls.train)
         steps = one_cycle_steps(settings, settings.epochs * n_steps)

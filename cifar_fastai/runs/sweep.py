@@ -8,7 +8,7 @@ import pandas as pd
 from filelock import FileLock
 
 from cifar_fastai.errors import InputError, printable, reason
-from cifar_fastai.files import atomic_write, lock_folder
+from cifar_fastai.files import atomic_write, check_regular, lock_folder
 from cifar_fastai.recipes import resolve_recipe
 from cifar_fastai.runs.train import train
 from cifar_fastai.training.recorder import read_history
@@ -85,7 +85,7 @@ def _read_rows(out):
     if not out.exists():
         return pd.DataFrame(columns=COLUMNS)
     try:
-        rows = pd.read_csv(out)
+        rows = pd.read_csv(check_regular(out))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read as a sweep ({reason(error)})", out=str(out)) from None
     if list(rows.columns) != COLUMNS:

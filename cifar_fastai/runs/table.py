@@ -1,18 +1,20 @@
 """The runs that README quotes, kept in the repository, and the tables that are made from them."""
 
-import shutil
+import os
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from cifar_fastai.data.images import CIFAR10, COPIES
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, reason
+from cifar_fastai.evaluation.predictions import Predictions
 from cifar_fastai.files import atomic_write, read_json, write_json
 from cifar_fastai.recipes import resolve_recipe
 from cifar_fastai.runs.folder import read_config
 from cifar_fastai.runs.run import suit_data
 from cifar_fastai.settings import OPTIONS, PLACES, Settings
+from cifar_fastai.training.recorder import read_history
 
 __all__ = ["Result", "keep_result", "load_results", "overrides_today", "results_table", "update_table"]
 
@@ -32,24 +34,37 @@ class Result(NamedTuple):
 def keep_result(run, folder):
     """Copy the files that document a finished run into `folder`/<run's name>, without any path of the machine.
 
-    Raises InputError where `run` is not finished.
+    Raises InputError where `run` is not finished, or damaged.
     """
-    run, target = Path(run), Path(folder) / Path(run).resolve().name
-    missing = [name for name in ("config.json", *_FILES) if not (run / name).exists()]
+    run, target = Path(run), Path(folder) / Path(os.path.realpath(run)).name
+    paths = [run / name for name in ("config.json", *_FILES)]
+    missing = [path.name for path in paths if path.is_symlink() or not path.is_file()]
     if missing:
         raise InputError(f"{run}: no {', '.join(missing)} in it; only a finished run can be kept")
     config = read_config(run)
     if not config.get("recipe"):
         raise InputError(f"{run}: was made in a notebook; only a run that a command repeats can be kept")
-    for values in (config["parameters"], config["given"]):
-        for name in ("out", "data"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name]).name
-    config["data_source"] = Path(config["data_source"]).name
+    try:
+        for values in (config["parameters"], config["given"]):
+            for name in ("out", "data"):
+                if values.get(name) is not None:
+                    values[name] = Path(values[name]).name
+        config["data_source"], config["data_path"] = Path(config["data_source"]).name, None
+        metrics = read_json(run / "metrics.json")
+        if [type(metrics[name]) for name in ("dataset", "model", "seed")] != [str, str, int]:
+            raise TypeError("metrics.json holds no dataset, model or seed")
+        results_table([Result(config, metrics, run)], lambda *_, **__: "")
+        read_history(run / "history.csv")
+        Predictions.from_csv(run / "predictions.csv", config["classes"])
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run}: its files are damaged ({reason(error)})") from None
+    if target.is_symlink():
+        raise InputError(f"{target}: is a link; remove it")
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "config.json", config)
     for name in _FILES:
-        shutil.copyfile(run / name, target / name)
+        with atomic_write(target / name, "wb") as file:  # which replaces a link there, and does not follow it
+            file.write((run / name).read_bytes())
     return target
 
 

@@ -1,5 +1,6 @@
 """One run from start to end: data, learner, fit, evaluation, files."""
 
+import json
 import os
 import random
 import time
@@ -12,17 +13,17 @@ import torch
 import torch.nn.functional as F
 
 from cifar_fastai.data.images import DIGITS, load_images
-from cifar_fastai.errors import InputError, RunError, printable, reason, renamed
+from cifar_fastai.errors import InputError, RunError, escaped, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
 from cifar_fastai.plots.style import save_figure
 from cifar_fastai.recipes import resolve_recipe
 from cifar_fastai.runs.folder import make_folder, picture_path
 from cifar_fastai.runs.results import check_layers, write_results
-from cifar_fastai.runs.run import build_run
+from cifar_fastai.runs.run import MACHINE, build_run, load_same_images
 from cifar_fastai.settings import PLACES, Settings, check_values
 from cifar_fastai.training.callbacks import KeepBest
-from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint, set_random_states
+from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint
 from cifar_fastai.training.compiling import choose_compile, compile_model
 from cifar_fastai.training.loggers import TensorBoardLog
 from cifar_fastai.training.range_test import check_range, range_test
@@ -81,7 +82,7 @@ def _start_run(recipe, overrides, stack):
     """A new run: everything is checked before its folder is made."""
     settings, overrides = resolve_recipe(recipe, overrides)
     run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
-    run.folder = make_folder(recipe, settings.out)
+    run.folder = make_folder(recipe, settings.out, run.images.source)
     if not stack.enter_context(lock_folder(run.folder)):
         raise InputError("another process is training there; choose another folder", out=str(run.folder))
     return run
@@ -104,54 +105,56 @@ def _resume_run(recipe, overrides, folder, stack):
     checkpoint = load_checkpoint(path)
     config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
     if checkpoint["recipe"] != recipe:
-        name = printable(checkpoint["recipe"])
-        raise InputError(f"a run of recipes/{name}.py, not of {recipe}.py", resume=str(folder))
+        name = f"recipes/{printable(checkpoint['recipe'])}.py" if checkpoint["recipe"] else "a notebook"
+        raise InputError(f"a run of {name}, not of {recipe}.py", resume=str(folder))
     try:
         settings = Settings.from_dict(config["parameters"])
-    except (InputError, AttributeError, KeyError, TypeError) as error:
+        json.dumps([config, original], allow_nan=False)  # as they will be written
+        types = config.get("device"), config.get("versions"), config.get("earlier_parts", [])
+        if [*map(type, types)] != [str, dict, list]:
+            raise ValueError("device, versions or earlier_parts")
+    except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not hold the parameters of a run ({reason(error)})") from None
     _refuse_changes(overrides, settings, original | {"out": str(folder)})
+    images = load_same_images(config, settings, overrides.get("data"), exact=True)
+    if overrides.get("data") is not None:  # they have moved
+        moved = check_values(data=overrides["data"])
+        settings, original = replace(settings, **moved), original | moved
     device = choose_device(overrides.get("device") or config["device"])
     # another kind of device may not have the saved precision
     precision = None if str(config["device"]).startswith(device.type) else original.get("precision", "auto")
-    run = _prepare_run(recipe, settings, original, device, precision, checkpoint["fingerprint"])
+    run = _prepare_run(recipe, settings, original, device, precision, images)
     run.folder, run.checkpoint = folder, checkpoint
     run.suggestions = config.get("lr_find")
     if checkpoint["finished_epochs"]:  # nothing is left to compile for
         run.compiled = config.get("compiled", False)
-    try:
-        run.learn.model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        raise InputError(f"{path}: does not fit the network ({reason(error)})") from None
     remove_leftovers(folder)
-    print(f"going on with {folder} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
+    print(f"going on with {escaped(folder)} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
     return run
 
 
 def _refuse_changes(overrides, settings, original):
-    """InputError for parameters but `device` that differ from the run's; `original`: the overrides of its start."""
-    values = {name: value for name, value in overrides.items() if value is not None and name != "device"}
+    """InputError for parameters that differ from the run's; `original`: the overrides of its start."""
+    values = {name: overrides[name] for name in overrides.keys() - {"device", "data"} if overrides[name] is not None}
     for name, value in check_values(**values).items():
         saved = [getattr(settings, name), original.get(name)]
         if name in PLACES:
             value, saved = os.path.abspath(value), [path and os.path.abspath(path) for path in saved]
         if value not in saved:
-            message = f"this run has {saved[0]}; with `resume` only `device` may be set"
+            message = f"this run has {saved[0]}; with `resume` only `device` and `data` may be set"
             raise InputError(message, **{name: overrides[name]})
 
 
-def _prepare_run(recipe, settings, overrides, device, precision=None, fingerprint=None):
-    """A `Run` with data and learner, without a folder. `fingerprint`: of the images that a resumed run needs."""
+def _prepare_run(recipe, settings, overrides, device, precision=None, images=None):
+    """A `Run` with data and learner, without a folder. `images`: those of a resumed run, else what `data` names."""
     precision, precision_reason = choose_precision(precision or settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    images = load_images(settings.data, size=settings.size)
+    images = images or load_images(settings.data, size=settings.size)
     if images.note:
         print(f"\n*** {images.note} ***\n", flush=True)
     if settings.data == "auto" and images.name == DIGITS:  # the run's own command, and a resumed run, use them again
         settings, overrides = replace(settings, data=DIGITS), overrides | {"data": DIGITS}
-    if fingerprint not in (None, images.fingerprint):
-        raise InputError(f"{images.source}: the images have changed since the run began; it needs the same ones")
     for set_seed in random.seed, np.random.seed, torch.manual_seed:
         set_seed(settings.seed)
     run = build_run(recipe, settings, overrides, images, device, precision, precision_reason)
@@ -175,22 +178,25 @@ def _print_header(run):
     resized = f", of {s.size} x {s.size} pixels (the shorter side resized, the centre cut)" if s.size else ""
     print(f"images: {images.source}{resized}")
     print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
+    if run.checkpoint and (changes := _machine_changes(run)):
+        print(f"the last digits may differ from those of a run in one piece: {changes}")
     print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
-    print(f"files: {run.folder}", flush=True)
+    print(f"files: {escaped(run.folder)}", flush=True)
+
+
+def _machine_changes(run):
+    """How hardware, software and compilation differ from those of the epochs before, in words."""
+    then, now = ({name: config.get(name) for name in MACHINE} for config in (run.checkpoint["config"], run.config))
+    versions = [values.pop("versions") or {} for values in (then, now)]
+    then, now = then | versions[0], now | versions[1]
+    changes = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+    return printable("; ".join(changes))
 
 
 def _fit(run):
     """Train what is left to train; afterwards the model holds the weights that are evaluated."""
-    history, checkpoint = run.history, run.checkpoint
+    history = run.history
     history.path, history.eval_split, history.verbose = run.folder / "history.csv", run.eval_split, True
-    if checkpoint:
-        history.rows, history.lrs, history.moms = (list(checkpoint[name]) for name in ("rows", "lrs", "moms"))
-        history.write()
-    if checkpoint and checkpoint["finished_epochs"]:
-        averaged = checkpoint["callbacks"].get("weight_average", {})
-        run.learn.model.load_state_dict(averaged.get("average", checkpoint["model"]))
-        set_random_states(checkpoint["random"], run.learn.dls)
-        return
     try:
         return _train(run)
     except (MemoryError, RuntimeError) as error:
@@ -203,7 +209,7 @@ def _fit(run):
 
 def _train(run):
     s, learn, checkpoint = run.settings, run.learn, run.checkpoint
-    if run.compiled:
+    if run.compiled and not (checkpoint and checkpoint["finished_epochs"]):
         _compile(run)
     with learn.no_logging(), without_bar(learn):
         if run.lr == "find":
@@ -214,7 +220,7 @@ def _train(run):
             cbs.append(KeepBest(run.folder / "best.pth" if s.save_best else None, s.patience))
         if s.tensorboard:
             cbs.append(TensorBoardLog(run.folder / "tensorboard"))
-        fit_scheduled(learn, s, run.lr, cbs, start_epoch=checkpoint["epoch"] if checkpoint else 0)
+        fit_scheduled(learn, s, run.lr, cbs)
 
 
 def _is_out_of_memory(error):

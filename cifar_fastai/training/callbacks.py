@@ -116,7 +116,7 @@ class KeepBest(FitCallback):
     `path` None writes none, `patience` None never ends. For the validation split only: nothing is chosen on test.
     """
 
-    order, saved = 110, ("best", "waited")  # it ends the fit after `Checkpoint` has written the epoch
+    order, saved = 95, ("best", "waited")  # `Checkpoint` then writes that the fit has ended
 
     def __init__(self, path=None, patience=None):
         self.path, self.patience = path, patience

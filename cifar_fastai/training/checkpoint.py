@@ -1,7 +1,7 @@
 """checkpoint.pth: all that a run needs to go on from the end of an epoch, to the digit.
 
-fastai's `start_epoch` skips epochs; what it leaves out is restored here before the first step: momenta, random states,
-the loader's order, counters. Only plain values and tensors are stored, so that the file loads with `weights_only=True`
+Weights and history are restored when the fit begins, all else before its first step: momenta, random states, the
+loader's order, counters. Only plain values and tensors are stored, so that the file loads with `weights_only=True`
 and one from a stranger can run no code.
 """
 
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
-from cifar_fastai.errors import InputError, reason
-from cifar_fastai.files import atomic_write, lock_folder, read_json
+from cifar_fastai.errors import InputError, printable, reason
+from cifar_fastai.files import atomic_write, check_regular, lock_folder, read_json
 from cifar_fastai.training.precision import torch_optimizer
-from cifar_fastai.training.recorder import HISTORY_COLUMNS
+from cifar_fastai.training.recorder import HISTORY_COLUMNS, FitCallback
 
 _VERSION = 3  # of the file's content
 _TYPES = dict(version=int, epoch=int, train_iter=int, finished_epochs=bool, recipe=str, fingerprint=str)
@@ -29,18 +28,31 @@ _TYPES |= dict.fromkeys(("rows", "lrs", "moms"), list)
 _MAX_DEPTH = 20
 
 
-class Checkpoint(Callback):
+class Checkpoint(FitCallback):
     """Write `path` at the end of every epoch; with `restore`, from `load_checkpoint`, go on from there.
 
-    `meta`: what else to store (config, given, recipe, fingerprint). The caller loads the weights into the model and
-    the rows and steps into `learn.history` before the fit; all else is restored here, before the first step.
+    `meta`: what else to store (config, given, recipe, fingerprint). A fit that was finished trains nothing.
+    Kept of other callbacks are the attributes that they name in `saved`, and the counts of fastai's trackers.
     InputError for what does not fit the run.
     """
 
     order = 100
+    first_epoch = 0  # of this fit, where `CifarLearner` begins
 
     def __init__(self, path, meta, restore=None):
         self.path, self.meta, self.restore = Path(path), meta, restore
+
+    def before_fit(self):
+        saved, history = self.restore, self.learn.history
+        if saved is None:
+            return
+        _load_state(self.model, saved["model"], self.path)
+        history.rows, history.lrs, history.moms = (list(saved[name]) for name in ("rows", "lrs", "moms"))
+        history.write()
+        self.first_epoch = saved["epoch"]
+        if saved["finished_epochs"]:  # perhaps before the last epoch
+            self.first_epoch = self.n_epoch
+            set_random_states(saved["random"], self.dls)
 
     def before_train(self):
         if self.restore is None:
@@ -58,9 +70,11 @@ class Checkpoint(Callback):
 
     def _callback_states(self):
         """By callback and attribute, the values or state dicts of the attributes that callbacks list in `saved`."""
-        parts = {cb.name: {name: getattr(cb, name) for name in getattr(type(cb), "saved", ())} for cb in self.learn.cbs}
+        trackers = {cb: sorted({"best", "wait"} & vars(cb).keys()) for cb in self.learn.cbs}  # fastai's list nothing
+        names = {cb: getattr(type(cb), "saved", trackers[cb]) for cb in self.learn.cbs}
+        parts = {cb.name: {name: getattr(cb, name) for name in names[cb]} for cb in self.learn.cbs}
         return {
-            callback: {name: _plain(v.state_dict() if hasattr(v, "state_dict") else v) for name, v in values.items()}
+            callback: {name: plain(v.state_dict() if hasattr(v, "state_dict") else v) for name, v in values.items()}
             for callback, values in parts.items()
             if values
         }
@@ -78,7 +92,7 @@ class Checkpoint(Callback):
         if opt is self.opt:  # fastai's own optimizers leave tensors where they are
             opt.load_state_dict(to_device(saved, self.dls.device))
             return
-        if not _is_like(saved["param_groups"], _plain(opt.state_dict()["param_groups"])):
+        if not _is_like(saved["param_groups"], plain(opt.state_dict()["param_groups"])):
             raise ValueError("the optimizer's parameter groups differ")
         ids = [k for group in saved["param_groups"] for k in group["params"]]
         params = dict(zip(ids, (p for group in opt.param_groups for p in group["params"]), strict=True))
@@ -86,26 +100,29 @@ class Checkpoint(Callback):
         opt.load_state_dict(saved | {"state": state})
 
     def after_epoch(self):
-        learn, history, done = self.learn, self.learn.history, self.epoch + 1
-        if history.trained_epoch != self.epoch:
-            return  # an epoch that a resumed run skips
-        raw = getattr(getattr(learn, "weight_average", None), "raw", None) or self.model.state_dict()
-        stopped = hasattr(learn, "keep_best") and learn.keep_best.done
-        state = dict(
-            version=_VERSION, epoch=done, finished_epochs=stopped or done == self.n_epoch, train_iter=self.train_iter
-        )
-        state |= dict(model=dict(raw), opt=_plain(torch_optimizer(self.opt).state_dict()))
+        if self.learn.history.trained_epoch == self.epoch:
+            self._write(finished=self.epoch + 1 == self.n_epoch)
+
+    def after_cancel_fit(self):
+        if self.learn.history.trained_epoch == self.epoch:  # another callback has ended the fit after this epoch
+            self._write(finished=True)
+
+    def _write(self, finished):
+        learn, history = self.learn, self.learn.history
+        raw = None if finished else getattr(getattr(learn, "weight_average", None), "raw", None)
+        state = dict(version=_VERSION, epoch=self.epoch + 1, finished_epochs=finished, train_iter=self.train_iter)
+        state |= dict(model=dict(raw or self.model.state_dict()), opt=plain(torch_optimizer(self.opt).state_dict()))
         state |= dict(random=random_states(self.dls), callbacks=self._callback_states())
         state |= dict(rows=history.rows, lrs=history.lrs, moms=history.moms)
         save_torch(self.path, state | self.meta)
 
 
-def _plain(value):
+def plain(value):
     """`value` with numpy's scalars as Python's and fastai's lists as Python's, which weights_only=True takes."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, L)):
-        return (tuple if isinstance(value, tuple) else list)(_plain(item) for item in value)
+        return (tuple if isinstance(value, tuple) else list)(plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -165,7 +182,7 @@ def save_torch(path, value):
 def _load(path, kind):
     """(value, size): what torch.save wrote to `path`, on the CPU, and the bytes of its structure without tensors."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's are not compressed; it ignores their checksums
+        with zipfile.ZipFile(check_regular(path)) as archive:  # torch's are not compressed; it ignores their checksums
             entries = archive.infolist()
             sizes = {entry.filename: entry.file_size for entry in entries}
             too_large = len(sizes) < len(entries) or sum(sizes.values()) > Path(path).stat().st_size
@@ -221,17 +238,20 @@ def _is_checkpoint(state):
     numbers = [*moms, *(row[name] for row in rows for name in HISTORY_COLUMNS[1:])]
     epochs = [(type(row["epoch"]), row["epoch"]) for row in rows] == [(int, n + 1) for n in range(len(rows))]
     types = {*map(type, lrs)} <= {float} and {*map(type, numbers)} <= {float, type(None)}
-    return epochs and types and state["epoch"] == len(rows) and len(lrs) == len(moms)
+    return epochs and types and 0 < state["epoch"] <= len(rows) and len(lrs) == len(moms)  # rows of earlier fits, too
 
 
 def load_weights(model, path):
     """Load the state dict in `path` (model.pth, best.pth) into `model`; InputError where it does not fit."""
-    state, _ = _load(path, "weights")
+    return _load_state(model, _load(path, "weights")[0], path)
+
+
+def _load_state(model, state, path):
     try:
         model.load_state_dict(state)
     except Exception as error:
-        first = str(error).splitlines()[0].rstrip(":")
-        raise InputError(f"{path}: does not fit the network ({first})") from None
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise InputError(f"{path}: does not fit the network ({printable(first)})") from None
     return model
 
 

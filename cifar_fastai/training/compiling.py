@@ -1,12 +1,14 @@
 """torch.compile where it pays; without it where it does not pay or fails."""
 
 import logging
+import os
 import shutil
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
+from cifar_fastai.files import private_folder
 from cifar_fastai.settings import check_values
 from cifar_fastai.training.winograd import plain_convolutions, winograd_convolutions
 
@@ -41,6 +43,7 @@ def compile_model(model, batch, autocast=None, winograd=True):
     if winograd and batch.device.type == "cpu":
         winograd_convolutions(model)
     try:
+        _use_private_caches()
         model.compile()
         model.train()
         with autocast or nullcontext():
@@ -54,6 +57,21 @@ def compile_model(model, batch, autocast=None, winograd=True):
         model.zero_grad()
         model.load_state_dict(before)
         torch.set_rng_state(rng)
+
+
+def _use_private_caches():
+    """Keep compiled code where nobody else can plant any, unless the user has set a place.
+
+    torch's own default is /tmp/torchinductor_<user>, which another user of the machine can make first.
+    """
+    from torch._inductor import codecache  # slow; its import puts torch's default into the environment
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    for variable, name in ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"):
+        if os.environ.get(variable, "") in ("", os.path.abspath(default_cache_dir())):
+            os.environ[variable] = str(private_folder(name))
+    headers = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "headers")  # which heed no variable
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = headers, os.path.join(headers, "locks")
 
 
 def uncompile(model):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from fastai.callback import hook, schedule  # noqa: F401  (they give Learner summary, lr_find and fit_one_cycle)
-from fastai.callback.core import TrainEvalCallback
+from fastai.callback.core import CancelEpochException, TrainEvalCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import CastToTensor, Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -15,6 +15,7 @@ from cifar_fastai.data.augment import TellEpoch
 from cifar_fastai.hardware import choose_precision
 from cifar_fastai.models import create_model
 from cifar_fastai.settings import check_values
+from cifar_fastai.training.checkpoint import Checkpoint
 from cifar_fastai.training.optimizers import optimizer_factory
 from cifar_fastai.training.precision import Precision, ScaledStep
 from cifar_fastai.training.recorder import DeviceMean, DeviceProgress, DeviceRecorder, History, accuracy_per_image
@@ -51,6 +52,11 @@ class CifarLearner(Learner):
         lrs = one_cycle(pct_start, peak / div, peak, peak / div_final, anneal)
         scheduler = ParamScheduler({"lr": lrs, "mom": one_cycle(pct_start, *moms, anneal)})
         self.fit(n_epoch, wd=wd, cbs=[scheduler, *L(kwargs.pop("cbs", None))], **kwargs)
+
+    def _do_fit(self):  # as fastai's, but for the epochs that a checkpoint restores: no event tells of them
+        for epoch in range(sum(cb.first_epoch for cb in self._grab_cbs(Checkpoint) if cb.run), self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def one_batch(self, i, b):
         try:

@@ -3,6 +3,7 @@
 fastai's `TensorBoardCallback` traces the model, which fails under mixed precision, and reads the loss at every step.
 """
 
+import errno
 import io
 import os
 import socket
@@ -71,13 +72,19 @@ class TensorBoardLog(FitCallback):
         try:
             if self.file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                if self.folder.is_symlink():
+                    raise PermissionError(errno.EPERM, "is a link, and not a folder of this run")
                 self.file = self.folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}"
                 starts = [dict(file_version="brain.Event:2"), dict(session_log={"status": 1})]  # 1: START, which hides
                 starts = starts if purge_step else starts[:1]
                 events = [*(Event(wall_time=now, step=purge_step, **start) for start in starts), *events]
-            with open(self.file, "ab") as file:
+            with open(self.file, "ab", opener=_open_no_link) as file:
                 writer = RecordWriter(file)
                 for event in events:
                     writer.write(event.SerializeToString())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.folder)) from None
+
+
+def _open_no_link(path, flags):
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -57,10 +57,10 @@ def untouched(learn):
 
 def check_range(start_lr, end_lr, num_it):
     """Raise InputError for arguments that no range test can use."""
-    if not 0 < start_lr < end_lr < math.inf:
-        raise InputError("the first must lie between 0 and the second", start_lr=start_lr, end_lr=end_lr)
-    if num_it < 20:
-        raise InputError("must be at least 20 steps", num_it=num_it)
+    if not 1e-12 <= start_lr < end_lr <= 1e6:
+        raise InputError("must rise, and lie between 1e-12 and 1e6", start_lr=start_lr, end_lr=end_lr)
+    if not 20 <= num_it <= 100_000:
+        raise InputError("must be from 20 to 100,000 steps", num_it=num_it)
 
 
 def range_test(learn, start_lr=1e-5, end_lr=10.0, num_it=100):

@@ -13,7 +13,7 @@ from fastcore.foundation import L
 from tqdm import tqdm
 
 from cifar_fastai.errors import InputError, reason
-from cifar_fastai.files import atomic_write
+from cifar_fastai.files import atomic_write, check_regular
 
 HISTORY_COLUMNS = tuple(
     "epoch train_loss train_accuracy valid_loss valid_accuracy lr images_per_second seconds".split()
@@ -151,7 +151,7 @@ class ConsoleProgress(Callback):
     about twice the forward one.
     """
 
-    order = 64  # before History prints the epoch's row
+    order = 64  # after History has printed its header
     bar, _stateattrs = None, ("bar",)
 
     def before_train(self):
@@ -196,7 +196,7 @@ class History(FitCallback):
     origin: for a loaded run, what its config says of the machine that trained it, until training goes on here
     """
 
-    order, path, verbose, eval_split, _stateattrs = 65, None, False, "test", ("path", "verbose")
+    order, path, verbose, eval_split, _stateattrs = 59, None, False, "test", ("path", "verbose")
     widths = 7, 10, 9, 10, 9, 8, 8, 7  # of the columns that are printed
     __setattr__ = object.__setattr__  # fastai's warns that the learner has a `path` and `moms`, too
 
@@ -265,7 +265,9 @@ def read_history(path):
     """The rows of a history.csv as dicts of numbers, None where blank. InputError for a file that is damaged."""
     types = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int}
     try:
-        table = pd.read_csv(path, dtype=types, float_precision="round_trip")
+        table = pd.read_csv(check_regular(path), dtype=types, float_precision="round_trip")
+        if tuple(table) != HISTORY_COLUMNS or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError(f"the columns must be {', '.join(HISTORY_COLUMNS)}")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     return table.astype(object).where(table.notna(), None).to_dict("records")

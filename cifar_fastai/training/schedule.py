@@ -57,17 +57,17 @@ class Plateau(FitCallback):
             self.scheduler.step(self.recorder.loss.value)
 
 
-def fit_scheduled(learn, settings, lr, cbs=(), start_epoch=0):
+def fit_scheduled(learn, settings, lr, cbs=()):
     """Fit `learn` for `settings.epochs` on the schedule of `settings`, with `lr` as its highest learning rate."""
     s, cbs = settings, list(cbs)
     if s.sched == "one-cycle":
         cycle = dict(div=s.div, div_final=s.div_final, pct_start=s.peak_fraction, moms=_moms(s), anneal=s.anneal)
-        learn.fit_one_cycle(s.epochs, lr, **cycle, cbs=cbs, start_epoch=start_epoch)
+        learn.fit_one_cycle(s.epochs, lr, **cycle, cbs=cbs)
         return
-    if s.sched == "flat-cos":  # fastai's fit_flat_cos ignores start_epoch
+    if s.sched == "flat-cos":
         cbs.append(ParamScheduler({"lr": two_pieces(s.pct_start, SchedCos(lr, lr), SchedCos(lr, lr / s.div_final))}))
     elif s.sched == "step":
         cbs.append(ParamScheduler({"lr": step_lr(lr, s.epochs, s.step_size, s.gamma)}))
     elif s.sched == "plateau":
         cbs.append(Plateau(s.gamma, s.plateau_patience))
-    learn.fit(s.epochs, lr, cbs=cbs, start_epoch=start_epoch)
+    learn.fit(s.epochs, lr, cbs=cbs)

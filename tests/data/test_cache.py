@@ -7,6 +7,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny_data import CLASSES, TINY, encoded, random_pixels, tiny_files, without
 from cifar_fastai.data import cache, decode
 from cifar_fastai.data import images as data
 from cifar_fastai.data.images import load_images
+from cifar_fastai.files import user_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +81,14 @@ def flip_in(member, at):
         path.write_bytes(content)
 
     return damage
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(pets, tmp_path):
+    first = load_images(pets, cache_dir=tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").glob("*.npz")
+    entry.unlink()
+    os.mkfifo(entry)
+    assert not cache.entries(tmp_path / "cache") and same(load_images(pets, cache_dir=tmp_path / "cache"), first)
 
 
 def write_other(**changes):
@@ -205,3 +215,19 @@ def test_the_recipe_lists_and_clears(pets, own_cache, capsys):
     assert run("list") == out and "removed" in run("clear")
     assert [path.name for path in own_cache.rglob("*") if path.is_file()] == ["notes.txt"]
     assert "0.0 MB  in all" in run()
+
+
+@pytest.mark.parametrize("home", [None, "~", "relative"])
+def test_a_user_without_a_home(tmp_path, pets, monkeypatch, home):
+    """HOME is unset and the system does not know the user: the temporary folder is used, and none is called ~."""
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("no such user")))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("CIFAR_FASTAI_CACHE")
+    monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert user_folder() is None
+    assert load_images(pets).note is None
+    caches = tmp_path / f"cifar_fastai-{os.geteuid()}-images"
+    assert caches.stat().st_mode & 0o777 == 0o700 and list(caches.glob("*.npz")) and not os.listdir(tmp_path / "here")

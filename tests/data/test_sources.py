@@ -1,10 +1,12 @@
 """Folders and archives: what is read, and what is refused with one line."""
 
+import errno
 import gzip
 import os
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tiny_data import TINY, encoded, member, random_pixels, refused, tiny_files,
 
 from cifar_fastai.data import decode, sources
 from cifar_fastai.data.images import load_images
+from cifar_fastai.errors import InputError
 
 
 @pytest.mark.parametrize("top", ["", "./", "pets/"])
@@ -204,3 +207,24 @@ def test_every_kind_of_image_is_read_as_prediction_reads_it(tmp_path):
     assert np.array_equal(images[2].transpose(1, 2, 0), np.rot90(random_pixels(5), -1))
     for image, name in zip(images, files, strict=False):
         assert np.array_equal(load_image(root / "train/a" / name)[0].transpose(2, 0, 1), image)
+
+
+def test_a_folder_that_nobody_needs_may_be_unreadable(tmp_path, monkeypatch):
+    """lost+found at the top of a disk; a class that cannot be read is another matter."""
+    folder, listdir = write_folder(tmp_path / "disk", tiny_files(top="pets/")), os.listdir
+
+    def refuse(name):
+        def listed(path):
+            if Path(path).name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listdir(path)
+
+        monkeypatch.setattr("os.listdir", listed)
+
+    (folder / "lost+found").mkdir()
+    (folder / "loop").symlink_to("loop")
+    refuse("lost+found")
+    assert load_images(folder).n_train == 6
+    refuse("cat")
+    with pytest.raises(InputError, match="test/cat: cannot be read"):
+        load_images(folder)

@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,3 +173,14 @@ def test_broken_csv(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as e:
         Predictions.from_csv(file, ("cat", "dog"))
     assert str(e.value).startswith(str(file)) and "\n" not in str(e.value)
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path):
+    names = ("=HYPERLINK(1)", "+1", "-2", "@sum", "'=1", "''+2", "'plain", "cat", "a=b")
+    n = np.arange(len(names))
+    table = Predictions(np.eye(len(names), dtype=np.float32), n, np.float32(n), n, names)
+    table.to_csv(tmp_path / "predictions.csv")
+    cells = pd.read_csv(tmp_path / "predictions.csv", dtype=str)["target"].tolist()
+    assert cells == ["'" + name if name in names[:6] else name for name in names]
+    again = Predictions.from_csv(tmp_path / "predictions.csv", names)
+    assert again.names_at(n) == table.names_at(n)

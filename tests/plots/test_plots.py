@@ -265,6 +265,19 @@ def test_confusion_matrix_keeps_right_and_wrong_on_two_scales():
     assert not crowd.axes[0].texts and "class 99" in words(crowd)  # no room for numbers
 
 
+def test_a_thousand_classes_are_drawn_as_the_worst_of_them():
+    names, matrix = [f"class {k}" for k in range(1000)], np.diag(np.full(1000, 9))
+    matrix[range(100), range(900, 1000)] = np.arange(100, 0, -1)
+    bars = plot_confusion_matrix(matrix, names).axes[0]
+    assert [tick.get_text() for tick in bars.get_yticklabels()][:2] == [
+        f"class {k} taken for class 90{k}" for k in (0, 1)
+    ]
+    assert [bar.get_width() for bar in bars.patches] == list(range(100, 60, -1)) and bars.yaxis_inverted()
+    fig = plot_class_accuracy({name: k / 999 if k else None for k, name in enumerate(names)}, 0.5)
+    assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == names[40:0:-1]
+    assert "Accuracy by class, the 40 lowest of 1,000" in words(fig)
+
+
 # ---- galleries
 
 

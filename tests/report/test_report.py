@@ -20,6 +20,7 @@ from cifar_fastai import cifar_dls, cifar_learner
 from cifar_fastai.errors import InputError
 from cifar_fastai.evaluation.gradcam import gradcam
 from cifar_fastai.evaluation.predictions import predict
+from cifar_fastai.plots.charts import MOST_CONFUSED
 from cifar_fastai.report.page import LIMIT, write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.runs.results import error_tiles
@@ -310,6 +311,23 @@ def test_no_run_folder(tmp_path, content):
     with pytest.raises(InputError, match="config.json"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_thousand_classes_are_shown_as_the_most_confused_pairs(tmp_path):
+    """A table of a million cells would take all memory."""
+    classes = tuple(f"class {k}" for k in range(1000))
+    tiles = make_run(tmp_path, classes=classes, n=3_000, wrong=0.05)
+    path = write_report(tmp_path, tiles)
+    page, rows = Page(path), read_predictions(tmp_path)
+    errors = rows[rows.target != rows.predicted].value_counts(["target", "predicted"]).to_dict()
+    assert path.stat().st_size < LIMIT / 2 and len(page.tiles) == len(tiles)
+    triples = [(classes[t], classes[p], n) for t, p, n in page.data["errors"]]
+    assert {(t, p): n for t, p, n in triples} == errors and len(triples) == len(errors)
+    assert [n for *_, n in triples] == sorted(errors.values(), reverse=True)
+    cells = [attrs for attrs in page.all("button") if re.match("true .*, predicted", attrs.get("aria-label", ""))]
+    assert [(int(cell["data-t"]), int(cell["data-p"])) for cell in cells] == [
+        (t, p) for t, p, _ in page.data["errors"][:MOST_CONFUSED]
+    ]
 
 
 def test_hundred_classes(tmp_path):

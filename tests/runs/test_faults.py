@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_signal_in_the_range_test(recipes, tmp_path):
 def test_a_signal_while_a_resumed_run_reads_its_data(recipes, tmp_path):
     out = tmp_path / "run"
     recipes.train(out, at="step 8 TERM")
-    process = recipes.resume(out, at="data 1 INT")
+    process = recipes.resume(out, at="images 1 INT")
     assert (process.code, last_line(process)) == (130, f"stopped; {how_to_go_on(out)}")
     assert_goes_on(recipes, out)
 
@@ -219,6 +220,39 @@ def test_an_output_folder_that_vanishes(recipes, tmp_path):
 def test_output_that_cannot_be_printed(recipes, tmp_path):
     process = recipes.train(tmp_path / "run", stdout="/dev/full")
     assert process.code == 1 and one_line(process) == "error: No space left on device"
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_closed_streams_do_no_harm(recipes, tmp_path, closed):
+    """`>&-`: a file that the run opens must not get the number of stdout, nor a print fail."""
+    process = recipes.train(tmp_path / "run", closed=closed)
+    assert (process.code, process.err, process.out) == (0, "", "")
+    assert_same_folders(recipes.whole(), tmp_path / "run")
+
+
+def test_a_reader_that_has_gone(tiny, tmp_path, monkeypatch, capsys):
+    """`| head -3`: the run ends and says how to go on; so it does where stderr goes the same way, in silence."""
+
+    def broken():
+        reader, writer = os.pipe()
+        os.close(reader)
+        return open(writer, "w", buffering=1)
+
+    for streams in (["stdout"], ["stdout", "stderr"]):
+        out = tmp_path / f"run{len(streams)}"
+        tiny.train(out, stop=("history", 1))
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name in streams:
+                patch.setattr(sys, name, broken())
+            assert cli._run(lambda: tiny.resume(out), False) == 141  # noqa: B023
+        err = capsys.readouterr().err
+        assert (
+            err.endswith(f"--resume {out}\n") and err.startswith("stopped; go on with:")
+            if len(streams) < 2
+            else not err
+        )
+        tiny.resume(out)
 
 
 def test_a_cache_that_is_deleted_during_the_run(recipes, tmp_path):

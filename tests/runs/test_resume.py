@@ -17,6 +17,7 @@ from tiny_runs import assert_same_folders, assert_same_state, history, metrics, 
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import lock_folder, read_json
 from cifar_fastai.runs import run as run_module
+from cifar_fastai.runs.run import MACHINE, load_run
 from cifar_fastai.runs.train import train
 from cifar_fastai.training.checkpoint import load_checkpoint
 from cifar_fastai.training.precision import ScaledStep
@@ -120,13 +121,12 @@ def refusal(tiny, folder, **overrides):
         (dict(valid_pct=0.1), "valid_pct=0.1: this run has None"),
         (dict(no_test=True), "no_test=True: this run has False"),
         (dict(out="elsewhere"), "out='elsewhere': this run has"),
-        (dict(data="digits"), "data='digits': this run has /"),
         (dict(preset="amitkml"), "preset='amitkml': this run has None"),
     ],
 )
 def test_a_parameter_that_differs_is_refused(tiny, stopped, overrides, difference):
     message = refusal(tiny, stopped, **overrides)
-    assert message.startswith(difference) and message.endswith("with `resume` only `device` may be set")
+    assert message.startswith(difference) and message.endswith("with `resume` only `device` and `data` may be set")
 
 
 def test_the_same_parameters_and_a_device_are_taken(tiny, stopped, tiny_folder):
@@ -149,8 +149,71 @@ def test_images_that_changed_are_refused(tiny, tiny_folder, tmp_path):
     pixels = np.array(Image.open(picture))
     pixels[3, 4, 1] ^= 1
     Image.fromarray(pixels).save(picture)
-    message = refusal(tiny, tmp_path / "run")
-    assert message == f"{tiny.data}: the images have changed since the run began; it needs the same ones"
+    problem, hint = "not the images this run was trained with (data)", "say where the run's images are with `data`"
+    assert refusal(tiny, tmp_path / "run") == f"{tiny.data}: {problem}; {hint}"
+    assert refusal(tiny, tmp_path / "run", data="digits") == f"scikit-learn load_digits: {problem}; {hint}"
+
+
+def test_images_that_have_moved(tiny, tiny_folder, tmp_path, monkeypatch):
+    """A relative path is found from another folder; where they are elsewhere, `data` names the place once."""
+    whole = tiny.train(tmp_path / "whole")
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    shutil.copytree(tiny_folder, here / "colours")
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    tiny.train(tmp_path / "run", stop=("history", 1), data="colours")
+    monkeypatch.chdir(elsewhere)
+    assert tiny.resume(tmp_path / "run", stop=("history", 1)) is None
+    shutil.move(here / "colours", elsewhere / "colours")
+    monkeypatch.chdir(tmp_path)
+    assert "here/colours: cannot be read (No such file" in refusal(tiny, tmp_path / "run")
+    assert tiny.resume(tmp_path / "run", data="elsewhere/colours", stop=("history", 2)) is None
+    monkeypatch.chdir(here)
+    run = tiny.resume(tmp_path / "run")
+    assert_same_run(whole, run)
+    assert run.config["data_path"] == str(elsewhere / "colours")
+    load_run(tmp_path / "run")
+
+
+def test_the_path_in_the_environment_is_remembered(tiny, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR10_PATH", str(tiny_folder))
+    tiny.train(tmp_path / "run", stop=("history", 1), data="auto", epochs=2)
+    monkeypatch.setenv("CIFAR10_PATH", "/nowhere")
+    assert tiny.resume(tmp_path / "run", stop=("history", 1)) is None
+
+
+def test_another_machine_is_named_and_both_are_kept(tiny, tmp_path, monkeypatch, capsys):
+    first = tiny.train(tmp_path / "whole", stop=("history", 1), epochs=3)
+    tiny.train(tmp_path / "run", stop=("history", 1), epochs=3)
+    tiny.resume(tmp_path / "run", stop=("history", 1))
+    config = read_json(tmp_path / "run" / "config.json")
+    assert first is None and "earlier_parts" not in config and "last digits" not in capsys.readouterr().out
+    versions = config["versions"] | {"torch": "9.9"}
+    monkeypatch.setattr(run_module, "hardware_name", lambda device: "a processor, 64 threads")
+    monkeypatch.setattr(run_module, "versions", lambda: versions)
+    tiny.resume(tmp_path / "run", stop=("results", 1))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "last digits" in line]
+    hardware, torch_version = config["hardware"], config["versions"]["torch"]
+    changes = f"hardware {hardware} then, a processor, 64 threads now; torch {torch_version} then, 9.9 now"
+    assert line == f"the last digits may differ from those of a run in one piece: {changes}"
+    config |= dict(hardware="a processor, 64 threads", versions=versions) | {
+        "earlier_parts": [dict(epochs=1) | {name: config[name] for name in MACHINE}]
+    }
+    assert read_json(tmp_path / "run" / "config.json") == config
+    tiny.resume(tmp_path / "run")
+    assert read_json(tmp_path / "run" / "config.json") == config, "nothing has changed since"
+
+
+def test_a_run_among_its_images_is_refused(tiny, tiny_folder, tmp_path):
+    tiny.data = shutil.copytree(tiny_folder, tmp_path / "outer" / "colours")
+    (tmp_path / "link").symlink_to(tiny.data / "test")
+    before = sorted(tmp_path.rglob("*"))
+    for data in tiny.data, tiny.data.parent:
+        for out in tiny.data / "train" / "run", tiny.data / "train", tmp_path / "link" / "a" / "b":
+            with pytest.raises(InputError, match="lies among the images, where it would become a class"):
+                tiny.train(out, data=str(data))
+    assert sorted(tmp_path.rglob("*")) == before
+    tiny.train(tiny.data / "run", epochs=1)
 
 
 def test_what_cannot_go_on_says_why(tiny, tmp_path, monkeypatch, stopped):
@@ -224,7 +287,7 @@ def test_tensorboard_counts_on(tiny, tmp_path, epochs, bs, n_steps):
     tiny.resume(parts)
     assert scalars(whole) == scalars(parts)
     assert [step for step, _ in scalars(parts)["step/loss"]] == list(range(epochs * n_steps))
-    assert len(scalars(parts)["epoch/valid_loss"]) == epochs
+    assert len(scalars(parts)["epoch/test_loss"]) == epochs
 
 
 # Killed: a real process, SIGKILL --------------------------------------------------------------------------------------
@@ -260,7 +323,11 @@ def test_latest_and_refusals_on_the_command_line(recipes, tmp_path):
     args = recipes.arguments("--out", "runs/one")
     assert recipes.start(args, tmp_path, at="step 8 KILL").wait().code == -signal.SIGKILL
     for arguments, code, line in (
-        (["--resume", "latest", "--lr", 0.2], 2, "--lr 0.2: this run has 0.15; with --resume only --device may be set"),
+        (
+            ["--resume", "latest", "--lr", 0.2],
+            2,
+            "--lr 0.2: this run has 0.15; with --resume only --device and --data may be set",
+        ),
         (args, 2, "--out runs/one: holds a run already; choose another folder, or --resume runs/one"),
         (["--resume", "latest", "--device", "cpu", "--lr", "0.150"], 0, None),
         (["--resume", "latest"], 2, "--resume latest: no interrupted run of resnet18 under runs"),

@@ -1,5 +1,7 @@
 """Every number in the tables of results comes from a run that is kept, and every kept run agrees with itself."""
 
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cifar_fastai.runs.table import BEGIN, END, Result, keep_result, load_result
 from cifar_fastai.settings import Settings
 
 ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "recipes" / "results" / "digits-seed1"
 RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/metrics.json"))
 
 results_table = partial(table.results_table, command_line=command_line)
@@ -110,16 +113,48 @@ def test_the_most_accurate_stands_first_in_its_data_set():
 
 def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
     run, places = tmp_path / "run", {"data": "/home/ann/cifar10.tgz", "out": "/home/ann/run"}
-    run.mkdir()
-    config = {"recipe": "resnet18", "given": places, "parameters": places, "data_source": places["data"]}
+    shutil.copytree(KEPT, run)
+    config = read_json(KEPT / "config.json") | {
+        "given": places,
+        "data_source": places["data"],
+        "data_path": places["data"],
+    }
+    config["parameters"] |= places
     write_json(run / "config.json", config)
-    with pytest.raises(InputError, match="only a finished run"):
-        keep_result(run, tmp_path / "results")
     for name in ("history.csv", "metrics.json", "predictions.csv", "curves.png"):
-        (run / name).write_text("{}")
+        (run / name).rename(tmp_path / name)
+        with pytest.raises(InputError, match=f"no {name} in it; only a finished run"):
+            keep_result(run, tmp_path / "results")
+        (tmp_path / name).rename(run / name)
     kept = keep_result(run, tmp_path / "results")
-    assert "ann" not in (kept / "config.json").read_text()
+    assert "/home" not in (kept / "config.json").read_text()
     assert load_results(tmp_path / "results")[0].config["given"]["data"] == "cifar10.tgz"
+
+
+def test_links_and_pipes_are_neither_read_nor_written_through(tmp_path):
+    """In a run of a stranger, and where the results are kept."""
+    run, secret = tmp_path / "run", tmp_path / "secret"
+    shutil.copytree(KEPT, run)
+    secret.write_text("mine")
+    (run / "curves.png").unlink()
+    os.mkfifo(run / "curves.png")
+    with pytest.raises(InputError, match="no curves.png in it"):
+        keep_result(run, tmp_path / "results")
+    (run / "curves.png").unlink()
+    (run / "curves.png").symlink_to(secret)
+    with pytest.raises(InputError, match="no curves.png in it"):
+        keep_result(run, tmp_path / "results")
+    (run / "curves.png").unlink()
+    (run / "curves.png").write_text("a picture")
+    (tmp_path / "results" / "run").mkdir(parents=True)
+    for name in ("curves.png", "config.json"):
+        (tmp_path / "results" / "run" / name).symlink_to(secret)
+    assert (keep_result(run, tmp_path / "results") / "curves.png").read_text() == "a picture"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "run").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="run: is a link"):
+        keep_result(run, tmp_path / "linked")
+    assert secret.read_text() == "mine"
 
 
 def test_the_curves_are_those_of_the_first_row(tmp_path):

@@ -110,7 +110,7 @@ def test_a_run_of_a_gpu_is_loaded_on_a_cpu(finished):
         (dict(data_fingerprint="0"), "not the images this run was"),
         (dict(parameters=dict(model="resnet")), "model='resnet'"),
         (dict(parameters=dict(bs="many")), "bs='many'"),
-        (dict(parameters=dict(data="/nowhere")), "/nowhere"),
+        (dict(parameters=dict(data="/nowhere"), data_path=None), "/nowhere"),
     ],
 )
 def test_a_configuration_that_is_not_a_runs(finished, changes, message):

@@ -50,16 +50,10 @@ def train(images, path, *cbs, saved=None, opt="sgd"):
         seed(0 if saved is None else 1)
     dls = cifar_dls(images, bs=8, valid_pct=0.25, device="cpu", cutout=8, flip_by="epoch")
     learn = cifar_learner(dls, TinyNet(), opt=opt, precision="fp32")
-    if saved:
-        try:
-            learn.model.load_state_dict(saved["model"])
-        except Exception as error:
-            raise InputError(f"{path}: does not fit ({error})") from None
-        learn.history.rows, learn.history.lrs, learn.history.moms = saved["rows"], saved["lrs"], saved["moms"]
     cbs = [WeightAverage(0.9), KeepBest(patience=100), Checkpoint(path, META, saved), *cbs]
     plan = Settings(epochs=3, lr=0.1, valid_pct=0.25, sched="plateau", plateau_patience=0)
     with learn.no_bar(), learn.no_logging():
-        fit_scheduled(learn, plan, 0.1, cbs, start_epoch=saved["epoch"] if saved else 0)
+        fit_scheduled(learn, plan, 0.1, cbs)
     return learn
 
 

@@ -50,3 +50,20 @@ def test_a_folder_that_cannot_be_written_is_one_error(learn, tmp_path, capfd):
     with pytest.raises(OSError) as error:
         fit(learn, TensorBoardLog(tmp_path / "file"), 1)
     assert error.value.filename == str(tmp_path / "file") and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("link", ["", "file"])
+def test_a_planted_link_is_not_written_through(learn, tmp_path, monkeypatch, link):
+    folder, other = tmp_path / "tensorboard", tmp_path / "other"
+    other.mkdir()
+    if link:
+        monkeypatch.setattr("socket.gethostname", lambda: "host")
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        monkeypatch.setattr("time.time", lambda: 1.0)
+        folder.mkdir()
+        (folder / "events.out.tfevents.1.host.1").symlink_to(other / "planted")
+    else:
+        folder.symlink_to(other)
+    with pytest.raises(OSError) as error:
+        fit(learn, TensorBoardLog(folder), 1)
+    assert error.value.filename == str(folder) and not list(other.iterdir())

@@ -19,7 +19,7 @@
 
   const gallery = byId('tiles');
   if (!gallery) return;
-  const { classes, matrix } = JSON.parse(byId('data').textContent);
+  const { classes, errors } = JSON.parse(byId('data').textContent);
   const tiles = [...gallery.children];
   const heatmaps = gallery.querySelector('.p') !== null;
   const classless = gallery.querySelector('.t') === null;  // a method that explains no class has one heatmap
@@ -36,9 +36,7 @@
 
   function total() {                               // errors of the split, on the page or left out
     let n = 0;
-    matrix.forEach((row, t) => row.forEach((count, p) => {
-      if (t !== p && (filter.t ?? t) === t && (filter.p ?? p) === p) n += count;
-    }));
+    for (const [t, p, count] of errors) if ((filter.t ?? t) === t && (filter.p ?? p) === p) n += count;
     return n;
   }
 
