@@ -74,7 +74,8 @@ class Settings:
 
     @property
     def dls(self):
-        return cifar_dls(self.images, self.bs, device=self.device)
+        augment = dict(pad_mode="zeros", flip_by="chance", cutout=16)  # as in the usual scripts
+        return cifar_dls(self.images, self.bs, device=self.device, **augment)
 
 
 def time_epoch(s):
@@ -91,7 +92,7 @@ def time_epoch(s):
         notes.append("epoch: all rows run in a process that keeps the memory it frees, as recipes do on a CPU")
     dls = s.dls
     x, y = (t.as_subclass(torch.Tensor) for t in dls.train.one_batch())
-    learn = cifar_learner(dls, resnet18(), precision=s.precision, cbs=[StopOnBadLoss()])
+    learn = cifar_learner(dls, resnet18(), opt="sgd", precision=s.precision, cbs=[StopOnBadLoss()])
     limit = resnet18().to(s.device, memory_format=torch.channels_last)
     compiled(learn.model, x)
     compiled(limit, x)

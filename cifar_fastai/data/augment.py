@@ -64,6 +64,7 @@ class AlternatingFlip(RandTransform):
     arXiv:2404.00498. The parity of the sum of an image's bytes decides its half: for photographs as good as random, and
     the same on every device and after a resume (all even for images enlarged by an even factor). It therefore runs on
     uint8 (B, C, H, W), before all other transforms. The callback `TellEpoch`, which `cifar_learner` adds, sets `epoch`.
+    Without it each pass over a train loader of `cifar_block` or `cifar_dls` counts; other loaders need the callback.
     """
 
     order = 5
@@ -89,7 +90,7 @@ class TellEpoch(Callback):
 
     def after_train(self, epoch=0):
         dl = getattr(self.dls.train, "dl", self.dls.train)  # a distributed loader holds the one that transforms
-        for tfm in getattr(dl.after_batch, "fs", ()):
+        for tfm in getattr(getattr(dl, "after_batch", None), "fs", ()):
             if isinstance(tfm, AlternatingFlip):
                 tfm.epoch = epoch
 

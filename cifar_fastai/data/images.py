@@ -60,6 +60,9 @@ class ImageSet:
     note: str | None = None  # where the result differs from the request
     coarse: tuple[str, ...] | None = None  # CIFAR-100: the name of each class's superclass
 
+    def __deepcopy__(self, memo):
+        return self  # nothing in it changes, and a copy would take as much memory again
+
     def __repr__(self):
         """One line, and the note where there is one: a notebook shows it."""
         sizes = f"{self.n_train:,} train and {self.n_test:,} test images of {len(self.classes)} classes"

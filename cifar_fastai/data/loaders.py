@@ -1,30 +1,38 @@
 """From an ImageSet to fastai DataLoaders: a DataBlock whose loader takes whole batches out of the decoded array."""
 
+import copy
 from contextlib import suppress
 from inspect import signature
 from itertools import islice
 
 import numpy as np
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets, TfmdDL
-from fastai.data.transforms import Normalize, ToTensor
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage
-from fastai.vision.data import ImageBlock
+from fastcore.meta import delegates
 from fasttransform import Transform
 
 from cifar_fastai.data.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate, RandomVerticalFlip
 from cifar_fastai.data.images import ImageSet, load_images, stratified_cut
+from cifar_fastai.data.photos import FitImage
 from cifar_fastai.errors import InputError
 from cifar_fastai.hardware import choose_device
+from cifar_fastai.recipes import RECIPES
 from cifar_fastai.settings import check_values
 
+_RECIPE = RECIPES["resnet18"]
 MIN_STEPS = 20  # per epoch: a small set gets smaller batches
 BATCHES_AT_ONCE = 64  # whose rows are copied to the device together
 
 
 class Store:
-    """The decoded images and labels, copied once to each device that uses them; a pickle carries none of them."""
+    """The decoded images and labels, copied once to each device that uses them.
+
+    A deep copy is the store itself. A pickle carries the images, as tensors, which worker processes get in shared
+    memory.
+    """
 
     def __init__(self, images, labels):
         self.images, self.labels, self._on_device = images, labels, {}
@@ -36,8 +44,15 @@ class Store:
             self._on_device[device] = [torch.from_numpy(array).to(device) for array in arrays]
         return self._on_device[device]
 
+    def __deepcopy__(self, memo):
+        return self
+
     def __getstate__(self):
-        return vars(Store(None, None))
+        return {"tensors": [] if self.images is None else self.tensors(torch.device("cpu"))}
+
+    def __setstate__(self, state):
+        self.__init__(*([tensor.numpy() for tensor in state["tensors"]] or [None, None]))
+        self._on_device[torch.device("cpu")] = state["tensors"]
 
 
 class FromStore(Transform):
@@ -67,6 +82,12 @@ class ArrayDL(TfmdDL):
     def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, **kwargs):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
 
+    def new(self, dataset=None, cls=None, **kwargs):
+        if dataset is not None and not len(dataset):  # for `new_empty`, and so for an export: without pixels
+            stores = [tfm.store for tl in getattr(dataset, "tls", ()) for tfm in tl.tfms.fs if hasattr(tfm, "store")]
+            dataset = copy.deepcopy(dataset, {id(store): Store(None, None) for store in stores})
+        return super().new(dataset, cls, **kwargs)
+
     def create_batches(self, samps):
         if (rows := self._rows()) is None:
             yield from super().create_batches(samps)
@@ -80,6 +101,11 @@ class ArrayDL(TfmdDL):
                     return
                 x = TensorImage(images[batch])  # (B, 3, H, W) uint8
                 yield (x, TensorCategory(labels[batch])) if len(self.dataset.tls) == 2 else (x,)
+
+    def after_iter(self):
+        for tfm in self.after_batch.fs if self.dataset.split_idx == 0 else ():
+            if isinstance(tfm, AlternatingFlip):
+                tfm.epoch += 1  # `TellEpoch` sets it, but a plain Learner has none
 
     def _rows(self):
         """The dataset's rows of the store, int64 (N,), or None where its items must be taken one by one."""
@@ -139,22 +165,22 @@ def default_bs(bs, n_train):
 
 
 def augmentations(
-    padding=4,
-    pad_mode="zeros",
+    padding=_RECIPE.padding,
+    pad_mode=_RECIPE.pad_mode,
     flip=0.5,
-    flip_by="chance",
-    vflip=0.0,
-    rotate=0.0,
-    cutout=16,
-    n_holes=1,
-    max_holes=None,
-    cutout_p=1.0,
+    flip_by=_RECIPE.flip_by,
+    vflip=_RECIPE.vflip,
+    rotate=_RECIPE.rotate,
+    cutout=_RECIPE.cutout,
+    n_holes=_RECIPE.n_holes,
+    max_holes=_RECIPE.max_holes,
+    cutout_p=_RECIPE.cutout_p,
     size=32,
 ):
     """The train-time batch transforms for these settings, in order; transforms with a value of 0 are left out.
 
-    `size`: pixels a side of the images. With `flip_by` "epoch" each image is mirrored in every other epoch, for any
-    probability `flip` above 0. Raises InputError for values out of range.
+    The defaults are those of ResNet18's recipe. `size`: pixels a side of the images. With `flip_by` "epoch" each image
+    is mirrored in every other epoch, for any probability `flip` above 0. Raises InputError for values out of range.
     """
     check_values(**locals())
     if cutout > size:
@@ -177,8 +203,9 @@ def cifar_block(images, batch_tfms=(), splits=None):
     Its batches are (x, y): x (B, 3, S, S) float, normalised with the data set's mean and std; y (B,) class ids.
     """
     store, splits = Store(images.images, images.labels), splits or split_rows(images)
+    image_block = TransformBlock(type_tfms=FitImage(images.size), batch_tfms=IntToFloatTensor)
     return DataBlock(
-        blocks=(ImageBlock, CategoryBlock(vocab=list(images.classes), sort=False)),
+        blocks=(image_block, CategoryBlock(vocab=list(images.classes), sort=False)),
         get_x=FromStore(store),
         get_y=FromStore(store, images.classes),
         splitter=lambda items: splits,
@@ -187,9 +214,10 @@ def cifar_block(images, batch_tfms=(), splits=None):
     )
 
 
+@delegates(augmentations)
 def cifar_dls(
     images="auto",
-    bs=128,
+    bs=None,
     valid_pct=None,
     split_seed=42,
     subset=None,
@@ -197,29 +225,36 @@ def cifar_dls(
     device=None,
     val_bs=512,
     size=None,
-    **augment,
+    **kwargs,
 ):
     """DataLoaders over `images`: an ImageSet, or a name or path for `load_images`, which also takes `size`.
 
-    `dls.train` is shuffled and augmented (`augment`: arguments of `augmentations`; `flip` is the data set's own by
-    default); `dls.valid` is the test split, or with `valid_pct` a part of train. `dls.images` is the ImageSet,
-    `dls.settings` the values the loaders were made with. InputError for values out of range or too large for the data.
+    `dls.train` is shuffled and augmented (by `augmentations`; `flip` is the data set's own by default); `dls.valid` is
+    the test split, or with `valid_pct` a part of train. `bs` is by default that of ResNet18's recipe, lowered so that a
+    small set gives 20 steps. `dls.images` is the ImageSet, `dls.settings` the values the loaders were made with.
+    InputError for values out of range or too large for the data.
     """
-    values = dict(bs=bs, valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip)
-    values = check_values(**values)
-    augmentations(size=128, **augment)  # raises for wrong values before any image is loaded
+    for name in {"batch_tfms", "item_tfms", "num_workers"} & kwargs.keys():
+        hint = "cifar_block(images, batch_tfms=[...]) takes batch transforms; the images are in memory, without workers"
+        raise InputError(hint, **{name: kwargs[name]})
+    values = dict(valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip)
+    values |= check_values(**values, **({} if bs is None else {"bs": bs}))
+    check_values(bs=val_bs)
+    kwargs = kwargs if flip is None else {"flip_by": "chance"} | kwargs  # a probability is not for alternating flips
+    augmentations(size=128, **kwargs)  # raises for wrong values before any image is loaded
     images = images if isinstance(images, ImageSet) else load_images(images, size=size)
     if size not in (None, images.size):
         raise InputError(f"the images have {images.size} pixels a side; `load_images` resizes them", size=size)
     splits, flip = split_rows(images, valid_pct, split_seed, subset), images.flip if flip is None else flip
+    bs = default_bs(_RECIPE.bs, len(splits[0])) if bs is None else bs
     if bs > len(splits[0]):
         raise InputError(f"there are {len(splits[0])} images to train on", bs=bs)
-    block = cifar_block(images, augmentations(flip=flip, size=images.size, **augment), splits)
+    block = cifar_block(images, augmentations(flip=flip, size=images.size, **kwargs), splits)
     device = choose_device("auto" if device is None else device)
     dls = block.dataloaders(list(range(len(images.labels))), bs=bs, val_bs=val_bs, device=device)
     defaults = {name: parameter.default for name, parameter in signature(augmentations).parameters.items()}
     size = None if images.size == 32 else images.size
-    dls.images, dls.settings = images, defaults | augment | values | dict(flip=flip, size=size)
+    dls.images, dls.settings = images, defaults | kwargs | values | dict(flip=flip, bs=bs, size=size)
     return dls
 
 

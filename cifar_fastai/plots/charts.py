@@ -15,23 +15,31 @@ NARROW = 5.8  # inches, of a chart that stands beside another on a page
 
 @rc_context(STYLE)
 def plot_curves(history, eval_split="test"):
-    """Loss and accuracy of train and of `eval_split` ("test" or "valid") by epoch.
+    """Loss and metrics of train and of `eval_split` ("test" or "valid") by epoch, a panel for each.
 
-    `history`: one dict per epoch with the keys epoch, train_loss, train_accuracy, valid_loss, valid_accuracy;
-    accuracies are fractions, None where not measured. Raises ValueError when there is no epoch.
+    `history`: one dict per epoch with the keys epoch, train_loss, train_accuracy, valid_loss, valid_accuracy, or other
+    metrics in place of the accuracies, which are fractions; None where not measured. Raises ValueError when there is no
+    epoch.
     """
     check_lengths({"history": history}, at_least=1)
     epochs = [row["epoch"] for row in history]
-    fig = Picture(figsize=(WIDTH, 3.7), layout="constrained")
-    panels = ("loss", "loss", 1, "{:.3f}"), ("accuracy", "accuracy (%)", 100, "{:.1f} %")
-    for ax, (quantity, label, scale, form) in zip(fig.subplots(1, 2), panels, strict=True):
+    names = dict.fromkeys(name for row in history for name in row if name.startswith(("train_", "valid_")))
+    quantities = list(dict.fromkeys(["loss", *(name[6:] for name in names)]))
+    n_rows, looks = -(-len(quantities) // 2), {"accuracy": ("accuracy (%)", 100, "{:.1f} %")}
+    fig = Picture(figsize=(WIDTH, 3.7 * n_rows), layout="constrained")
+    axes = fig.subplots(n_rows, min(2, len(quantities)), squeeze=False).flat
+    for ax in axes[len(quantities) :]:
+        ax.remove()
+    for ax, quantity in zip(axes, quantities, strict=False):
+        name = quantity.replace("_", " ")
+        label, scale, form = looks.get(quantity, (name, 1, "{:.3f}"))
         for split, key, look in ("train", "train", "o-"), (eval_split, "valid", "s-"):
             values = scale * np.array([row.get(f"{key}_{quantity}") for row in history], float)
             measured = values[np.isfinite(values)]
             last = form.format(measured[-1]) if len(measured) else "not measured"
             color, size = style.BLUE if key == "train" else style.VERMILION, 5 if len(epochs) <= 30 else 0
             ax.plot(epochs, values, look, color=color, markersize=size, label=f"{split}: {last}")
-        ax.set(title=quantity.capitalize(), xlabel="epoch", ylabel=label, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+        ax.set(title=name.capitalize(), xlabel="epoch", ylabel=label, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         ax.legend(title="last value", alignment="left")
         _use_whole_numbers(ax.xaxis)
     losses = np.concatenate([line.get_ydata() for line in fig.axes[0].lines])

@@ -53,6 +53,7 @@ def write_report(run_dir, tiles=None, command=None):
     paths = {name: run_dir / name for name in ("history.csv", "summary.txt", "predictions.csv")}
     exists = {name: path.is_file() for name, path in paths.items()}
     history = read_history(paths["history.csv"]) if exists["history.csv"] else []
+    history = [defaultdict(lambda: None, row) for row in history]  # metrics may be others than the accuracy
     summary = paths["summary.txt"].read_text("utf-8", "replace") if exists["summary.txt"] else ""
     classes = tuple(config["classes"] or metrics["class_accuracy"] or ())
     predictions = Predictions.from_csv(paths["predictions.csv"], classes) if exists["predictions.csv"] else None

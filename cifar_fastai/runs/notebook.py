@@ -1,8 +1,10 @@
 """The run's folder of a learner that is trained in a notebook: what a recipe writes, from the same code."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
@@ -10,11 +12,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import format_time
 
 from cifar_fastai.data.images import CIFAR100_COARSE, DIGITS, FASTAI_SOURCE, NAMED
-from cifar_fastai.errors import InputError, renamed
+from cifar_fastai.errors import InputError, printable, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.plots.style import save_figure
 from cifar_fastai.runs.folder import describe_run, is_run, make_folder, read_config
-from cifar_fastai.runs.results import write_results
+from cifar_fastai.runs.results import check_layers, write_results
 from cifar_fastai.runs.run import Run, check_images, restore_history
 from cifar_fastai.settings import OPTIONS, Settings
 from cifar_fastai.training.checkpoint import Checkpoint, load_checkpoint, load_weights, plain
@@ -116,14 +118,17 @@ class KeepRun(Checkpoint):
 
 
 def write_run(learn, folder=None):
-    """Evaluate `learn`, from `cifar_learner` on `cifar_dls`, and write its run's folder: all that a recipe writes.
+    """Evaluate `learn`, from `cifar_learner`, and write its run's folder: all that a recipe writes.
+
+    On other DataLoaders than `cifar_dls` makes, `dls.valid` is evaluated, and there is no picture of the augmentations;
+    without a layer for Grad-CAM nothing is explained.
 
     `folder`: by default runs/notebook-<date>-<time>, or that of `KeepRun`; nothing is done where it holds this very
     run. config.json states how the learner was made, and its fit if that was a single `fit_one_cycle`, else its highest
     learning rate; it does not know your own callbacks. Returns the path of report.html. Raises InputError for another
     learner, for one that was not trained to its end, and for a folder with another run.
     """
-    history, overrides = _history(learn, "write_run"), {}
+    history, overrides = _history(learn, "write_run", needs_images=False), {}
     if not history.rows:
         raise InputError("there is no epoch to write: train the learner first")
     table = Path("" if folder is None else folder) / "history.csv"
@@ -137,7 +142,7 @@ def write_run(learn, folder=None):
         overrides = read_config(folder)["given"]
     else:
         with renamed(out="folder"):
-            folder = make_folder("notebook", folder, learn.dls.images.source)
+            folder = make_folder("notebook", folder, _images(learn.dls).source)
     run = _run(learn, folder, len(history.rows), history.lrs, overrides)
     if run.suggestions is not None:
         save_figure(learn.range_test.plot(), folder / "lr_find.png")
@@ -148,20 +153,37 @@ def write_run(learn, folder=None):
     return folder / "report.html"
 
 
-def _history(learn, name):
-    """The history of a learner from `cifar_learner` on `cifar_dls`; InputError for another one."""
-    if not hasattr(learn, "history") or not hasattr(learn.dls, "images"):
-        raise InputError(f"{name} takes a learner made by cifar_learner with DataLoaders made by cifar_dls")
+def _history(learn, name, needs_images=True):
+    """The history of a learner from `cifar_learner`, if it `needs_images` on `cifar_dls`; InputError for others."""
+    if not hasattr(learn, "history") or needs_images and not hasattr(learn.dls, "images"):
+        source = " with DataLoaders made by cifar_dls" if needs_images else ""
+        raise InputError(f"{name} takes a learner made by cifar_learner{source}")
     return learn.history
+
+
+def _images(dls):
+    """The ImageSet of `dls`; what a run's files say of the images of DataLoaders that are not from `cifar_dls`."""
+    if hasattr(dls, "images"):
+        return dls.images
+    about = dict(name="own DataLoaders", source=printable(dls.path), fingerprint=None, note=None, flip=0.5)
+    return SimpleNamespace(**about, classes=tuple(map(str, dls.vocab)), mean=(), std=())
 
 
 def _run(learn, folder, epochs, lrs, overrides):
     """A `Run` of the learner's fits, of `epochs` epochs with the rates `lrs`."""
-    images, test = learn.dls.images, getattr(learn, "range_test", None)
+    images, test = _images(learn.dls), getattr(learn, "range_test", None)
     names = {name: data for data, name in NAMED.items()} | {DIGITS: "digits"}
     is_remote = "://" in images.source or images.source == FASTAI_SOURCE
     data = names[images.name] if is_remote or images.name in (DIGITS, CIFAR100_COARSE) else images.source
     s = Settings(**{"seed": None, **_settings(learn, epochs, lrs), "data": data})
+    if images.fingerprint is None:
+        n_train, n_valid = (len(ds) for ds in (learn.dls.train_ds, learn.dls.valid_ds))
+        s = replace(s, valid_pct=n_valid / (n_train + n_valid), no_test=True, bs=learn.dls.train.bs)
+    try:
+        check_layers(learn, s.cam_layer)
+    except InputError as error:
+        print(f"no heatmaps: {error}")
+        s = replace(s, no_explain=True)
     about = dict(suggestions=test and test.suggestions, folder=folder)
     return Run(None, s, overrides, images, learn, s.bs, s.lr, s.flip, s.precision, **about)
 

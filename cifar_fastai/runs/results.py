@@ -12,7 +12,7 @@ from fastai.callback.hook import hook_outputs
 
 from cifar_fastai.api import gradcam, predict
 from cifar_fastai.data.images import DIGITS
-from cifar_fastai.data.loaders import reported_dl
+from cifar_fastai.data.loaders import ArrayDL, reported_dl
 from cifar_fastai.errors import escaped
 from cifar_fastai.evaluation.gradcam import PER_CHANNEL, default_layer
 from cifar_fastai.evaluation.predictions import images_at
@@ -25,7 +25,7 @@ from cifar_fastai.report.page import write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
 from cifar_fastai.training.loggers import TensorBoardLog
-from cifar_fastai.training.recorder import ConsoleProgress, console_bar, in_epochs, without_bar
+from cifar_fastai.training.recorder import HISTORY_COLUMNS, ConsoleProgress, console_bar, in_epochs, without_bar
 
 __all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
 
@@ -73,7 +73,8 @@ def _metrics(run, plain, tta, split):
     rows, config, s = run.history.rows, run.config, run.settings
     metrics = dict(dataset=run.images.name, model=s.network, parameters=run.n_parameters, epochs=len(rows))
     metrics |= {"seed": s.seed} | {name: config[name] for name in ("device", "hardware", "precision", "eval_split")}
-    metrics |= {name: rows[-1][name] for name in ("train_accuracy", "valid_accuracy", "valid_loss")}
+    metrics |= {name: rows[-1].get(name) for name in ("train_accuracy", "valid_accuracy", "valid_loss")}
+    metrics |= {name: value for name, value in rows[-1].items() if name not in HISTORY_COLUMNS}  # a user's own
     if s.save_best:
         best = max(rows, key=lambda row: row["valid_accuracy"])  # the first of equal ones, as `KeepBest`
         metrics |= dict(best_epoch=best["epoch"], best_valid_accuracy=best["valid_accuracy"])
@@ -108,18 +109,26 @@ def _draw(run, predictions, dl, split):
     worst = predictions.top_losses(n)
     numbers = predictions.confidence[worst], predictions.losses[worst]
     about = dict(n_cols=s.n_cols, title=f"The {len(worst)} highest losses on the {split} images")
-    layers, inputs = check_layers(learn, s.cam_layer, s.cam_method), dict(dl=dl, preds=predictions)
-    pictures = dict(
-        curves=learn.plot_curves(),
-        augmentations=learn.dls.plot_augmentations(),
+    inputs = dict(dl=dl, preds=predictions)
+    pictures = dict(curves=learn.plot_curves())
+    if isinstance(learn.dls.train, ArrayDL):
+        pictures["augmentations"] = learn.dls.plot_augmentations()
+    pictures |= dict(
         class_accuracy=learn.plot_class_accuracy(**inputs),
         confusion_matrix=plot_confusion_matrix(predictions.confusion_matrix, predictions.classes),
         misclassified=learn.plot_misclassified(n, s.n_cols, **inputs),
         top_losses=plot_tiles(images_at(dl, worst)[1], *predictions.names_at(worst), *numbers, **about),
     )
     if not s.no_explain:
+        layers = check_layers(learn, s.cam_layer, s.cam_method)
         pictures["gradcam"] = learn.plot_gradcam(n, layers, s.cam_method, s.cam_target, s.cam_alpha, **inputs)
     return pictures | ({"schedule": learn.plot_schedule()} if run.history.lrs else {})
+
+
+def image_shape(dls):
+    """(channels, height, width) of the images that `dls` gives a network."""
+    images = getattr(dls, "images", None)
+    return (3, images.size, images.size) if images else tuple(dls.valid.one_batch()[0].shape[1:])
 
 
 def check_layers(learn, names, method="GradCAM", target="predicted"):
@@ -127,10 +136,10 @@ def check_layers(learn, names, method="GradCAM", target="predicted"):
 
     Raises InputError for a layer that does not exist or has too small a map, and for an unknown method or class.
     """
-    size = learn.dls.images.size
-    layers = [name.strip() for name in names.split(",")] if names else [default_layer(learn, size)]
+    x = torch.zeros(0, *image_shape(learn.dls))
+    layers = [name.strip() for name in names.split(",")] if names else [default_layer(learn, x.shape[-1])]
     for layer in layers:
-        gradcam(learn, torch.zeros(0, 3, size, size), [] if target == "true" else target, layer, method)
+        gradcam(learn, x, [] if target == "true" else target, layer, method)
     return layers
 
 
@@ -169,8 +178,7 @@ def network_table(learn):
     model = copy.deepcopy(learn.model).eval()  # a copy has no hooks to remove, and is not compiled
     layers = {name: module for name, module in model.named_modules() if not list(module.children())}
     with torch.no_grad(), hook_outputs(layers.values()) as hooks:
-        size = learn.dls.images.size
-        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+        model(torch.zeros(1, *image_shape(learn.dls), device=next(model.parameters()).device))
     rows = [("layer", "type", "output (C, H, W)", "parameters")]
     for (name, module), output in zip(layers.items(), hooks.stored, strict=True):
         if output is not None and not name.endswith("shortcut"):

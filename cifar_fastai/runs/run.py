@@ -18,7 +18,7 @@ from cifar_fastai.errors import InputError, printable
 from cifar_fastai.files import write_json
 from cifar_fastai.hardware import choose_device, choose_precision, hardware_name, versions
 from cifar_fastai.runs.folder import read_config
-from cifar_fastai.settings import PLACES, Settings
+from cifar_fastai.settings import PLACES, Settings, choices
 from cifar_fastai.training.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
 from cifar_fastai.training.checkpoint import load_weights
 from cifar_fastai.training.recorder import read_history
@@ -114,10 +114,11 @@ def suit_data(settings, overrides, n_train):
     return bs, settings.lr * (bs / settings.bs)
 
 
-def build_run(recipe, settings, overrides, images, device, precision, precision_reason=""):
+def build_run(recipe, settings, overrides, images, device, precision, precision_reason="", model=None):
     """A `Run` with the learner that `settings` describe, on `device` in `precision` ("fp32", "fp16" or "bf16").
 
-    Raises InputError for settings that do not fit the data.
+    `model`: a network in place of the one that `settings` name. Raises InputError for settings that do not fit the
+    data.
     """
     s = settings
     n_train = len(split_rows(images, s.valid_pct, s.split_seed, s.subset)[0])
@@ -126,7 +127,7 @@ def build_run(recipe, settings, overrides, images, device, precision, precision_
     augment = {name: getattr(s, name) for name in _AUGMENT}
     dls = cifar_dls(images, bs, s.valid_pct, s.split_seed, s.subset, flip, device, **augment)
     options = {name: getattr(s, name) for name in _OPTIMIZATION} | {"lr": 0.1 if lr == "find" else lr}
-    learn = cifar_learner(dls, s.model, width=s.width, precision=precision, cbs=_callbacks(s), **options)
+    learn = cifar_learner(dls, model or s.model, width=s.width, precision=precision, cbs=_callbacks(s), **options)
     learn.recorder.train_metrics = not (s.mixup or s.cutmix)  # a mixed image has two right classes
     return Run(recipe, s, overrides, images, learn, bs, lr, flip, precision, precision_reason)
 
@@ -136,17 +137,21 @@ def _callbacks(settings):
     return [StopOnBadLoss(), *(_CALLBACKS[name](value) for name, value in values.items() if value)]
 
 
-def load_run(folder, device="auto", data=None, weights="model.pth"):
+def load_run(folder, device="auto", data=None, weights="model.pth", model=None):
     """The learner of a finished run, from its config.json, history.csv and weights alone: (learn, config).
 
-    learner.pkl is not read. `data`: an ImageSet, or the place of the images if they have moved. InputError where the
-    run is not finished, a file is damaged, or the images differ from those that it was trained with.
+    learner.pkl is not read. `data`: an ImageSet, or the place of the images if they have moved. `model`: the network,
+    for a run of one's own. InputError where the run is not finished, a file is damaged, or the images differ from those
+    that it was trained with.
     """
-    config, settings, device, precision, path = _read_run(folder, device, weights)
+    config, settings, device, precision, path = _read_run(folder, device, weights, model)
+    if config.get("data_fingerprint") is None:
+        raise InputError(f"{folder}: trained on DataLoaders of your own; fastai's load_learner reads its learner.pkl")
     images = load_same_images(config, settings, data)
-    learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision).learn
+    learn = build_run(config.get("recipe"), settings, settings.to_dict(), images, device, precision, model=model).learn
     load_weights(learn.model, path)
     learn.settings = {name: value for name, value in settings.to_dict().items() if name not in PLACES}
+    learn.settings["model"] = config["parameters"].get("model", settings.model)
     restore_history(learn, Path(folder), settings, config)
     return learn, config
 
@@ -200,10 +205,15 @@ def _is_list(value, kind, n=None):
     return type(value) is list and {*map(type, value)} == {kind} and len(value) == (n or len(value))
 
 
-def _read_run(folder, device, weights="model.pth"):
+def _read_run(folder, device, weights="model.pth", model=None):
     """(config, settings, device, precision, path of the weights) of a finished run, to load it on `device`."""
     config, path = read_config(folder), Path(folder) / weights
-    settings, device = Settings.from_dict(config["parameters"]), choose_device(device)
+    parameters = config["parameters"]
+    if model is not None:
+        parameters = parameters | {"model": Settings.model}  # the name of a network of one's own is no setting
+    elif parameters.get("model", Settings.model) not in choices("model"):
+        raise InputError(f"{folder}: its network {parameters['model']} is not ours; load_run takes it as `model`")
+    settings, device = Settings.from_dict(parameters), choose_device(device)
     is_same_kind = str(config.get("device")).startswith(device.type)  # another may not have the run's precision
     precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
     if not path.exists():

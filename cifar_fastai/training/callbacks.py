@@ -128,7 +128,7 @@ class KeepBest(FitCallback):
         return self.patience is not None and self.waited >= self.patience
 
     def after_validate(self):
-        accuracy = self.recorder.metrics[0].value
+        accuracy = float(self.recorder.metrics[0].value)
         if accuracy > self.best:
             self.best, self.waited = accuracy, 0
             if self.path is not None:

@@ -19,7 +19,7 @@ from fastcore.foundation import L
 from cifar_fastai.errors import InputError, printable, reason
 from cifar_fastai.files import atomic_write, check_regular, lock_folder, read_json
 from cifar_fastai.training.precision import torch_optimizer
-from cifar_fastai.training.recorder import HISTORY_COLUMNS, FitCallback
+from cifar_fastai.training.recorder import FitCallback, history_columns
 
 _VERSION = 3  # of the file's content
 _TYPES = dict(version=int, epoch=int, train_iter=int, finished_epochs=bool, recipe=str, fingerprint=str)
@@ -233,9 +233,12 @@ def _is_checkpoint(state):
     if type(state) is not dict or any(type(state.get(key)) is not kind for key, kind in _TYPES.items()):
         return False
     rows, lrs, moms = state["rows"], state["lrs"], state["moms"]
-    if any(type(row) is not dict or tuple(row) != HISTORY_COLUMNS for row in rows):
+    if any(type(row) is not dict or {*map(type, row)} - {str} for row in rows):
         return False
-    numbers = [*moms, *(row[name] for row in rows for name in HISTORY_COLUMNS[1:])]
+    columns = history_columns(rows)
+    if any(tuple(row) != columns for row in rows):
+        return False
+    numbers = [*moms, *(row[name] for row in rows for name in columns[1:])]
     epochs = [(type(row["epoch"]), row["epoch"]) for row in rows] == [(int, n + 1) for n in range(len(rows))]
     types = {*map(type, lrs)} <= {float} and {*map(type, numbers)} <= {float, type(None)}
     return epochs and types and 0 < state["epoch"] <= len(rows) and len(lrs) == len(moms)  # rows of earlier fits, too

@@ -1,7 +1,7 @@
 """Mixed precision on every device, as callbacks."""
 
 import torch
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import Callback
 from fastai.optimizer import OptimWrapper
 
 from cifar_fastai.hardware import autocast
@@ -43,22 +43,26 @@ class Precision(Callback):
 class ScaledStep(Callback):
     """Loss scaling for float16: the loss is scaled up before backward, the gradients down before the step.
 
-    With a fused optimizer the check for overflow stays on the device. It runs after callbacks that read gradients.
+    With a fused optimizer the check for overflow stays on the device. `CifarLearner` calls `step` in place of the
+    optimizer's own; `kwargs` are those of torch's `GradScaler`.
     """
 
-    order, scaler, saved, _stateattrs = 90, None, ("scaler",), ("scaler",)
+    order, scaler, saved, _stateattrs = 10, None, ("scaler",), ("scaler",)  # before callbacks that clip gradients
+
+    def __init__(self, **kwargs):
+        self.kwargs = kwargs
 
     def before_fit(self):
         if self.scaler is None:
-            self.scaler = torch.amp.GradScaler(self.dls.device.type)
+            self.scaler = torch.amp.GradScaler(self.dls.device.type, **self.kwargs)
 
     def before_backward(self):
         self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
-    def after_backward(self):
+    def before_step(self):  # not after each backward, as gradients may accumulate over batches
         self.scaler.unscale_(torch_optimizer(self.opt))
 
-    def before_step(self):
+    def step(self):
+        """A step of the optimizer, which is skipped after an overflow."""
         self.scaler.step(torch_optimizer(self.opt))
         self.scaler.update()
-        raise CancelStepException  # the scaler has done the step, or skipped it for an overflow

@@ -15,13 +15,17 @@ from cifar_fastai.settings import choices
 from cifar_fastai.training.checkpoint import random_states, set_random_states
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RangeTest:
     """Learning rates and smoothed losses by step, and what each rule suggests (None where it finds nothing)."""
 
     lrs: list
     losses: list
     suggestions: dict
+
+    def __repr__(self):
+        found = ", ".join(f"{name} {'-' if lr is None else f'{lr:.3g}'}" for name, lr in self.suggestions.items())
+        return f"{len(self.lrs)} steps from lr {self.lrs[0]:.3g} to {self.lrs[-1]:.3g}; suggestions: {found}"
 
     def plot(self):
         """A Figure of the loss by learning rate, the suggestions marked."""

@@ -2,23 +2,48 @@
 
 import sys
 import time
+from collections import defaultdict
+from itertools import zip_longest
 
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgSmoothLoss, Metric, Recorder
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, to_detach
 from fastcore.foundation import L
 from tqdm import tqdm
 
-from cifar_fastai.errors import InputError, reason
+from cifar_fastai.errors import InputError, check_choice, reason
 from cifar_fastai.files import atomic_write, check_regular
 
 HISTORY_COLUMNS = tuple(
     "epoch train_loss train_accuracy valid_loss valid_accuracy lr images_per_second seconds".split()
 )
 BAR_SECONDS = 0.25  # between two updates of a bar on a terminal
+
+
+def history_columns(rows):
+    """The columns of a history: HISTORY_COLUMNS, with the learner's own metrics in place of the accuracies."""
+    first, last = ("epoch",), ("lr", "images_per_second", "seconds")
+    names = dict.fromkeys(name for row in rows for name in row if name not in first + last)
+    splits = [tuple(name for name in names if name.startswith(split)) for split in ("train_", "valid_")]
+    return (*first, *splits[0], *splits[1], *last) if rows else HISTORY_COLUMNS
+
+
+def metric_values(learn, split):
+    """{column of the history: value} of the metrics that the learner's `Recorder` computed for "train" or "valid"."""
+    metrics = getattr(learn.recorder, f"_{split}_mets") if hasattr(learn, "recorder") else ()
+    names = ["loss", *learn.metrics.attrgot("name")]  # there are fewer metrics where some are not measured
+    return {f"{split}_{name}": _number(getattr(metric, "value", None)) for name, metric in zip_longest(names, metrics)}
+
+
+def _number(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # None, a matrix, a text
+        return None
 
 
 class FitCallback(Callback):
@@ -79,27 +104,51 @@ class _SmoothLoss(AvgSmoothLoss):
 class DeviceRecorder(Recorder):
     """fastai's `Recorder`; train_loss is the epoch's mean, as valid_loss is, and no step waits for a number.
 
-    `losses` holds the smoothed loss of every step as 0-d tensors on the device, and floats after the fit.
+    The metrics on train images come after fastai's own columns, as train_accuracy and so on. `losses` holds the
+    smoothed loss of every step as 0-d tensors, on the device until the fit ends.
     """
 
-    name = "recorder"
+    name, losses = "recorder", ()
 
     def __init__(self):
         super().__init__(train_metrics=True)
         self.loss, self.train_loss = DeviceMean(device_loss, "loss"), DeviceMean(device_loss, "loss")
         self.smooth_loss = _SmoothLoss()
 
+    def before_fit(self):
+        super().before_fit()
+        metrics = self.metrics.attrgot("name")
+        names = L("train_loss") + (L("valid_loss") + metrics if self.valid_metrics else L())
+        names += metrics.map("train_{}") if self.train_metrics else L()
+        self.metric_names = L("epoch") + names + L(["time"] if self.add_time else [])
+        for cb in self.learn._grab_cbs(TrackerCallback):
+            short = cb.monitor.removeprefix("valid_")  # as history.csv calls it
+            cb.monitor = check_choice(tuple(names), monitor=short if short in metrics else cb.monitor)
+
+    def before_epoch(self):
+        super().before_epoch()
+        self.train_values = L()
+
     def before_train(self):
         self._train_mets.map(lambda metric: metric.reset())
 
+    def after_train(self):
+        super().after_train()
+        self.log, self.train_values = self.log[:2], self.log[2:]
+
+    def after_validate(self):
+        super().after_validate()
+        self.log += self.train_values
+
     def after_batch(self):
         if self.training and len(self.yb):
+            self.learn.pred = to_detach(self.pred, cpu=False, gather=False)  # metrics may need no gradient: .numpy()
             self.smooth_loss.accumulate(self.learn)
         super().after_batch()
 
     def after_fit(self):
-        if self.losses and torch.is_tensor(self.losses[-1]):  # one read for the whole fit
-            self.losses = torch.stack([torch.as_tensor(loss) for loss in self.losses]).tolist()
+        if len(self.losses):  # one read for the whole fit
+            self.losses = list(torch.stack(self.losses).cpu())
 
     @property
     def _train_mets(self):
@@ -184,7 +233,9 @@ def without_bar(learn):
 
 
 class History(FitCallback):
-    """The epochs and steps of all fits: `rows`, a dict of HISTORY_COLUMNS by epoch; `lrs` and `moms`, floats by step.
+    """The epochs and steps of all fits: `rows`, a dict of numbers by epoch; `lrs` and `moms`, floats by step.
+
+    The keys of a row are HISTORY_COLUMNS, or with other metrics than the accuracy `history_columns`.
 
     train_loss and train_accuracy are means over the epoch as it trained, augmented images and changing weights
     included; valid_* belong to the split that is evaluated. Losses are those of the loss function, label smoothing
@@ -211,35 +262,41 @@ class History(FitCallback):
         if self.verbose and self.trained_epoch is None:
             split = self.eval_split
             self._print("epoch", "train loss", "train acc", f"{split} loss", f"{split} acc", "lr", "images/s", "time")
-        self.start_time, self.origin, self.steps = time.perf_counter(), {}, []
+        self.start_time, self.origin, self.steps, self.n_images = time.perf_counter(), {}, [], 0
 
     def after_batch(self):
         if self.training and self.start_time is not None:
-            hypers = self.opt.hypers[-1]
+            hypers, self.n_images = self.opt.hypers[-1], self.n_images + find_bs(self.xb)
             self.steps.append((float(hypers["lr"]), float(hypers["mom"]) if "mom" in hypers else None))
 
     def after_train(self):
         self.train_seconds = time.perf_counter() - self.start_time
-        self.values = {f"train_{metric.name}": metric.value for metric in self.recorder._train_mets}
+        self.values = metric_values(self.learn, "train")
 
     def after_epoch(self):
         if self.start_time is None:
             return  # nothing was trained: an epoch that a resumed fit skips, or `validate`
         self.lrs += [lr for lr, _ in self.steps]  # now: an interrupted epoch leaves no steps, as it leaves no row
         self.moms += [mom for _, mom in self.steps]
-        values = self.values | {f"valid_{metric.name}": metric.value for metric in self.recorder._valid_mets}
-        speed = len(self.dls.train) * self.dls.train.bs / self.train_seconds
-        values |= dict(lr=self.lrs[-1], images_per_second=speed, seconds=time.perf_counter() - self.start_time)
-        values = {name: values.get(name) for name in HISTORY_COLUMNS[1:]}
-        values = {name: None if value is None else float(value) for name, value in values.items()}
-        self.rows.append({"epoch": len(self.rows) + 1, **values})
+        row = {"epoch": len(self.rows) + 1} | self.values | metric_values(self.learn, "valid")
+        speed, seconds = self.n_images / self.train_seconds, time.perf_counter() - self.start_time
+        row |= dict(lr=self.lrs[-1], images_per_second=speed, seconds=seconds)
+        self.rows.append(row)
+        columns = history_columns(self.rows)  # the metrics may be others than in an earlier fit
+        self.rows[:] = [{name: row.get(name) for name in columns} for row in self.rows]
         self.trained_epoch, self.start_time = self.epoch, None
         self.write()
         if self.verbose:
-            epoch, *numbers, seconds = self.rows[-1].values()
+            epoch, *numbers, seconds = (row.get(name) for name in HISTORY_COLUMNS)
             formats = ".4f", ".2%", ".4f", ".2%", ".2g", ",.0f"
             texts = ["-" if n is None else f"{n:{format}}" for n, format in zip(numbers, formats, strict=True)]
             self._print(f"{epoch:>3}/{self.n_epoch:<3}", *texts, "{}:{:02}".format(*divmod(round(seconds), 60)))
+
+    def __str__(self):
+        return _table(self.rows).to_string(index=False)
+
+    def _repr_html_(self):
+        return _table(self.rows).to_html(index=False)
 
     def write(self):
         """Write all rows to `path`, if there is one."""
@@ -256,18 +313,23 @@ def in_epochs(n):
 
 
 def write_history(path, rows):
-    """Write rows of HISTORY_COLUMNS to `path` (history.csv), None as blank. Atomic."""
+    """Write the rows of a `History` to `path` (history.csv), None as blank. Atomic."""
     with atomic_write(path) as file:
-        pd.DataFrame(rows, columns=HISTORY_COLUMNS, dtype=object).to_csv(file, index=False, lineterminator="\r\n")
+        _table(rows).to_csv(file, index=False, lineterminator="\r\n")
+
+
+def _table(rows):
+    return pd.DataFrame(rows, columns=history_columns(rows), dtype=object)
 
 
 def read_history(path):
     """The rows of a history.csv as dicts of numbers, None where blank. InputError for a file that is damaged."""
-    types = dict.fromkeys(HISTORY_COLUMNS, float) | {"epoch": int}
     try:
+        types = defaultdict(lambda: float, epoch=int)
         table = pd.read_csv(check_regular(path), dtype=types, float_precision="round_trip")
-        if tuple(table) != HISTORY_COLUMNS or not isinstance(table.index, pd.RangeIndex):
-            raise ValueError(f"the columns must be {', '.join(HISTORY_COLUMNS)}")
+        columns = history_columns([dict.fromkeys(table)])
+        if tuple(table) != columns or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError(f"the columns must be {', '.join(columns)}")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     return table.astype(object).where(table.notna(), None).to_dict("records")

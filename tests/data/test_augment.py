@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
 
 from cifar_fastai.data.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate, RandomVerticalFlip
@@ -143,6 +145,30 @@ def test_fits_that_follow_and_fits_that_begin_later_go_on_mirroring_by_epoch(sho
     torch.testing.assert_close([apart[0], *apart[-2:]], [epochs[0], epochs[1], epochs[0]])
 
 
+@pytest.mark.parametrize("whole_batches", [True, False])
+def test_a_plain_learner_mirrors_by_epoch(tiny_images, whole_batches):
+    dls, seen = cifar_dls(tiny_images, bs=8, device="cpu", padding=0, cutout=0, flip_by="epoch"), []
+    dls.train.whole_batches = whole_batches
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
+
+    class Watch(Callback):
+        def before_train(self):
+            seen.append([])
+            self.dls.train.one_batch()  # a part of a pass is no epoch
+
+        def before_batch(self):
+            if self.training:
+                seen[-1].extend(plain(self.x).sum((1, 2)).tolist())
+
+    learn = Learner(dls, network, CrossEntropyLossFlat(), cbs=Watch())
+    with learn.no_logging(), learn.no_bar():
+        learn.fit(2)
+        learn.fit(1)
+    first, second, third = (torch.tensor(sorted(columns)) for columns in seen)
+    torch.testing.assert_close(third, first)
+    torch.testing.assert_close(second, torch.tensor(sorted(first.flip(1).tolist())))
+
+
 def test_a_distributed_loader_is_looked_into(tiny_images):
     """fastai's `DistributedDL`, which needs accelerate, holds a loader, and its `after_batch` is a method."""
     learn = cifar_learner(cifar_dls(tiny_images, bs=12, device="cpu", flip_by="epoch"), "resnet18")
@@ -207,7 +233,7 @@ def test_evaluation_sees_normalised_images(tiny_images):
 
 
 def test_crop_pads_with_black_before_normalising(tiny_images):
-    seen, evaluated = augmented(tiny_images, padding=31)
+    seen, evaluated = augmented(tiny_images, padding=31, pad_mode="zeros")
     black = (-torch.tensor(tiny_images.mean) / torch.tensor(tiny_images.std)).float()[:, None, None]
     is_black = torch.isclose(seen, black, atol=1e-5).all(1)  # (16, 32, 32)
     assert not torch.isclose(evaluated, black, atol=1e-5).all(1).any()
@@ -230,5 +256,5 @@ def test_what_is_zero_is_left_out():
     assert augmentations(padding=0, flip=0, cutout=8, cutout_p=0) == []
     assert augmentations(padding=0, flip=0, flip_by="epoch", cutout=0) == []
     assert [name(tfm) for tfm in augmentations(padding=0, flip_by="epoch", cutout=0)] == ["AlternatingFlip"]
-    kinds = [name(tfm) for tfm in augmentations(padding=2, flip=0.5, vflip=0.1, rotate=5, cutout=8)]
+    kinds = [name(tfm) for tfm in augmentations(padding=2, flip_by="chance", vflip=0.1, rotate=5, cutout=8)]
     assert kinds == ["RandomCrop", "RandomFlip", "RandomVerticalFlip", "RandomRotate", "CutOut"]

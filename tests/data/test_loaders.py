@@ -1,7 +1,12 @@
 """The fast path gives what the usual path gives, and all that fastai does with a DataBlock goes on working."""
 
+import copy
 import itertools
+import multiprocessing
+import pickle
 from dataclasses import replace
+from inspect import signature
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -10,14 +15,18 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 from PIL import Image
 
-from cifar_fastai.data.loaders import augmentation_columns, cifar_dls, default_bs, split_rows, test_dl
+from cifar_fastai.data.loaders import augmentation_columns, cifar_block, cifar_dls, default_bs, split_rows, test_dl
 from cifar_fastai.errors import InputError
+from cifar_fastai.evaluation.image_files import predict_files
+from cifar_fastai.recipes import RECIPES
 from cifar_fastai.training.learner import cifar_learner
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def dls(tiny_images):
-    return cifar_dls(tiny_images, bs=8, val_bs=5, device="cpu")
+    return cifar_dls(tiny_images, bs=8, val_bs=5, device="cpu", flip_by="chance")
 
 
 def batches(dl, whole, seed=3):
@@ -67,6 +76,48 @@ def test_files_pil_images_and_rows_predict_alike_also_exported_without_pixels(le
     assert pixels.tobytes() not in content and len(content) < 100_000
     with load_learner(tmp_path / "learner.pkl").no_bar() as loaded:
         torch.testing.assert_close(torch.as_tensor(loaded.predict(image)[2]), rows)
+
+
+def test_photos_of_any_size_predict_alike_however_they_come(learn, tmp_path):
+    """As `predict_files` takes them, for the learner and for its export."""
+    rng, exif, files = np.random.default_rng(0), Image.Exif(), [tmp_path / f"{k}.png" for k in range(3)]
+    exif[0x0112] = 6  # turned
+    Image.fromarray(rng.integers(0, 256, (80, 50, 3), np.uint8)).save(files[0], exif=exif)
+    Image.fromarray(rng.integers(0, 256, (33, 33, 4), np.uint8)).save(files[1])  # transparent
+    Image.fromarray(rng.integers(0, 256, (40, 90), np.uint8)).save(files[2])
+    expected = np.stack([prediction.probs for prediction in predict_files(learn, files)])
+    learn.export("learner.pkl")
+    with load_learner(tmp_path / "learner.pkl").no_bar() as loaded:
+        for each in learn, loaded:
+            together = each.get_preds(dl=each.dls.test_dl(files, bs=2))[0]
+            opened = [Image.open(file) for file in files]
+            apart = [[each.predict(item)[2] for item in items] for items in (files, map(str, files), opened)]
+            apart.append([each.predict(file.read_bytes())[2] for file in files])
+            for probs in together, *map(torch.stack, apart):
+                np.testing.assert_allclose(probs, expected, rtol=1e-5)
+        with pytest.raises(InputError, match="none.png: cannot be read"):
+            loaded.predict(tmp_path / "none.png")
+
+
+def test_copies_share_the_images_pickles_carry_them_and_exports_leave_them_out(learn, tiny_images):
+    expected, labels = learn.validate(), [y.tolist() for _, y in learn.dls.valid]
+    copied = copy.deepcopy(learn)
+    assert copied.dls.images is learn.dls.images and copied.validate() == expected
+    with pickle.loads(pickle.dumps(learn)).no_bar() as other:
+        assert other.validate() == expected and other.dls.train.one_batch()[0].shape == (8, 3, 32, 32)
+    sent = ForkingPickler.loads(ForkingPickler.dumps(learn.dls.valid))  # as a worker process gets it
+    assert [y.tolist() for _, y in sent] == labels and sent.dataset.tls[0].tfms.fs[0].store.tensors(CPU)[0].is_shared()
+    pixels = tiny_images.images.tobytes()
+    assert pixels in pickle.dumps(learn.dls) and pixels not in pickle.dumps(learn.dls.new_empty())
+    assert learn.validate() == expected
+
+
+@pytest.mark.slow
+def test_spawned_workers_have_the_images(tiny_images, monkeypatch):
+    dls = cifar_block(tiny_images).dataloaders(range(66), bs=6, val_bs=9, device="cpu", num_workers=1)
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(type(dls.valid.fake_l), "multiprocessing_context", spawn)
+    assert [label for _, y in dls.valid for label in y.tolist()] == tiny_images.test_labels.tolist()
 
 
 def test_get_preds_keeps_the_order_of_the_split(learn, tiny_images):
@@ -145,12 +196,16 @@ def test_what_is_larger_than_the_images(tiny_images, options, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(valid_pct=2), "valid_pct=2: must be above 0 and below 1"),
+        (dict(valid_pct=2), r"valid_pct=2(\.0)?: must be above 0 and below 1"),
         (dict(bs=0), "bs=0: must be at least 1"),
         (dict(cutout=129), "cutout=129: must be at least 0 and at most 128"),
         (dict(flip_by="turns"), "flip_by='turns': no such name"),
         (dict(split_seed=-1), "split_seed=-1"),
         (dict(subset=2.5), "subset=2.5: must be a whole number"),
+        (dict(val_bs=0), "bs=0: must be at least 1"),
+        (dict(num_workers=4), "num_workers=4: .*; the images are in memory, without workers"),
+        (dict(batch_tfms=[]), r"batch_tfms=\[\]: cifar_block\(images, batch_tfms="),
+        (dict(item_tfms=[]), r"item_tfms=\[\]: cifar_block\(images, batch_tfms="),
     ],
 )
 def test_values_out_of_range_are_refused_before_images_are_loaded(options, message):
@@ -163,6 +218,20 @@ def test_other_wrong_arguments(tiny_images):
         cifar_dls(tiny_images, cutot=3)
     with pytest.raises(InputError, match="bs=1000: there are 48 images to train on"):
         cifar_dls(tiny_images, bs=1000)
+
+
+def test_the_defaults_are_those_of_resnet18s_recipe(tiny_images):
+    recipe, parameters = RECIPES["resnet18"], signature(cifar_dls).parameters
+    augment = {name: p.default for name, p in parameters.items() if name not in "images bs device val_bs flip".split()}
+    assert augment.items() <= recipe.to_dict().items() and augment["pad_mode"] == "reflect"
+    many = replace(
+        tiny_images, images=np.tile(tiny_images.images, (100, 1, 1, 1)), labels=np.tile(tiny_images.labels, 100)
+    )
+    dls = cifar_dls(replace(many, n_train=6000), device="cpu")
+    assert dls.train.bs == recipe.bs == dls.settings["bs"] and dls.settings.items() >= augment.items()
+    assert cifar_dls(tiny_images, device="cpu").train.bs == 2, "20 steps of a small set"
+    kinds = [type(tfm).__name__ for tfm in cifar_dls(tiny_images, flip=0.3, device="cpu").train.after_batch.fs]
+    assert "RandomFlip" in kinds and "AlternatingFlip" not in kinds
 
 
 def test_unique_batches_show_one_image_augmented(dls, tiny_images):

@@ -43,8 +43,8 @@ def make(tiny_images, monkeypatch):
     ):
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(seed)
-        dls = cifar_dls(images, bs=bs, device="cpu", cutout=8, flip_by=flip_by)
-        learn = cifar_learner(dls, model, precision=precision, **options)
+        dls = cifar_dls(images, bs=bs, device="cpu", pad_mode="zeros", cutout=8, flip_by=flip_by)
+        learn = cifar_learner(dls, model, precision=precision, **{"opt": "sgd", "label_smoothing": 0.0} | options)
         if not bar:
             learn.remove_cb(learn.progress)
             learn.logger = print

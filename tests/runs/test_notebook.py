@@ -6,11 +6,15 @@ import sys
 import pytest
 import torch
 from fastai.learner import Learner
+from fastai.metrics import F1Score, error_rate
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageDataLoaders
 from matplotlib.figure import Figure
+from tiny_net import TinyNet
 from torch import nn
 
 from cifar_fastai import load_run
-from cifar_fastai.data.loaders import cifar_block, cifar_dls
+from cifar_fastai.data.loaders import cifar_dls
 from cifar_fastai.errors import InputError
 from cifar_fastai.evaluation.predictions import predict
 from cifar_fastai.files import read_json, write_json
@@ -29,7 +33,7 @@ torch.set_num_threads(1)
 def learn(tiny_images, tiny_model, monkeypatch):
     """A learner whose network goes by the name of ResNet18, so that its run can be loaded again."""
     monkeypatch.setitem(_FACTORIES, "resnet18", lambda n_classes, width: tiny_model)
-    dls = cifar_dls(tiny_images, bs=8, device="cpu", padding=2, cutout=8, pad_mode="reflect")
+    dls = cifar_dls(tiny_images, bs=8, device="cpu", padding=2, cutout=8, pad_mode="reflect", flip_by="chance")
     learn = cifar_learner(dls, "resnet18", label_smoothing=0.1, precision="fp32")
     with learn.no_bar(), learn.no_logging():
         yield learn
@@ -43,10 +47,11 @@ def parameters(folder, *names):
 def test_the_history_is_what_fastai_recorded(learn):
     learn.fit_one_cycle(2, 0.1)
     recorded = [list(row) for row in learn.recorder.values]
-    names = "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"
+    names = "train_loss", "valid_loss", "valid_accuracy", "train_accuracy"
     assert [[row[name] for name in names] for row in learn.history.rows] == recorded
+    assert learn.recorder.metric_names[1:-1] == ["train_loss", "valid_loss", "accuracy", "train_accuracy"]
     right = learn.history.rows[0]["train_accuracy"] * 48  # of the 48 train images, not of the 18 test images
-    assert right == pytest.approx(round(right)) and recorded[0][0] != recorded[0][2]
+    assert right == pytest.approx(round(right)) and recorded[0][0] != recorded[0][1]
     assert learn.history.lrs == [float(lr) for lr in learn.recorder.lrs] and len(learn.history.moms) == 12
 
 
@@ -138,12 +143,59 @@ def test_what_was_not_one_cycle_is_not_called_so(learn, tiny_images, tmp_path):
         loaded.plot_schedule()
 
 
-def test_other_learners_are_refused(learn, tiny_images, tmp_path):
-    own = cifar_block(tiny_images).dataloaders(range(66), bs=8, device="cpu")
-    for other in cifar_learner(own, learn.model, precision="fp32"), Learner(learn.dls, learn.model, nn.MSELoss()):
-        with pytest.raises(InputError, match="takes a learner made by cifar_learner"):
-            write_run(other, tmp_path / "run")
+def test_a_learner_without_a_history_is_refused(learn, tmp_path):
+    with pytest.raises(InputError, match="takes a learner made by cifar_learner"):
+        write_run(Learner(learn.dls, learn.model, nn.MSELoss()), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Tokens(nn.Module):
+    """A network without any map."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.linear = nn.Flatten(), nn.Linear(3 * 40 * 40, 3)
+
+    def forward(self, x):
+        return self.linear(self.flat(x))
+
+
+def test_a_run_with_loaders_a_network_and_metrics_of_ones_own(tiny_folder, tmp_path, capsys):
+    size = dict(item_tfms=Resize(40), bs=8, val_bs=5, train="train", valid="test", device=torch.device("cpu"))
+    dls = ImageDataLoaders.from_folder(tiny_folder, num_workers=0, **size)
+    learn = cifar_learner(dls, Tokens(), lr=1e-3, metrics=[error_rate, F1Score(average="macro")], path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(2)
+        recorded = learn.recorder.values
+        write_run(learn, tmp_path / "run")
+    assert "no heatmaps: no layer has a map" in capsys.readouterr().out
+    (first, last), names = read_history(tmp_path / "run" / "history.csv"), ("error_rate", "f1_score")
+    assert all(0 <= last[f"{split}_{name}"] <= 1 for split in ("train", "valid") for name in names)
+    columns = ["train_loss", "valid_loss", *names, *(f"train_{name}" for name in names)]
+    for row, values in zip((first, last), recorded, strict=True):
+        assert [row.get(name, row.get(f"valid_{name}")) for name in columns] == pytest.approx(list(values))
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["valid_error_rate"] == last["valid_error_rate"] and metrics["test_accuracy"] is None
+    titles = [ax.get_title() for ax in learn.plot_curves().axes]
+    assert titles == ["Loss", "Error rate", "F1 score"]
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"report.html", "predictions.csv", "learner.pkl", "confusion_matrix.png"} <= written
+    assert not {"augmentations.png", "gradcam.png"} & written
+    with pytest.raises(InputError, match="its network Tokens is not ours; load_run takes it as `model`"):
+        load_run(tmp_path / "run")
+    with pytest.raises(InputError, match="DataLoaders of your own; fastai's load_learner reads its learner.pkl"):
+        load_run(tmp_path / "run", model=Tokens())
+
+
+def test_a_run_with_a_network_of_ones_own_is_loaded(tiny_images, tiny_model, tmp_path):
+    learn = cifar_learner(cifar_dls(tiny_images, bs=8, device="cpu"), tiny_model, precision="fp32")
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, slice(0.01, 0.1))
+        write_run(learn, tmp_path / "run")
+    assert parameters(tmp_path / "run", "model", "sched", "lr") == ("TinyNet", "one-cycle", 0.1)
+    loaded, config = load_run(tmp_path / "run", data=tiny_images, model=TinyNet())
+    assert predict(loaded).accuracy == predict(learn).accuracy
+    assert loaded.settings["model"] == config["parameters"]["model"] == "TinyNet"
 
 
 def test_dataloaders_alone_draw_their_augmentations():

@@ -108,7 +108,7 @@ def test_a_run_of_a_gpu_is_loaded_on_a_cpu(finished):
     [
         (dict(parameters=None), "not a run's configuration"),
         (dict(data_fingerprint="0"), "not the images this run was"),
-        (dict(parameters=dict(model="resnet")), "model='resnet'"),
+        (dict(parameters=dict(model="resnet")), "its network resnet is not ours; load_run takes it as `model`"),
         (dict(parameters=dict(bs="many")), "bs='many'"),
         (dict(parameters=dict(data="/nowhere"), data_path=None), "/nowhere"),
     ],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.metrics import error_rate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_net import TinyNet
@@ -27,6 +28,7 @@ from cifar_fastai.training import checkpoint
 from cifar_fastai.training.callbacks import KeepBest, WeightAverage
 from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint, load_weights, save_torch
 from cifar_fastai.training.learner import cifar_learner
+from cifar_fastai.training.optimizers import body_and_head
 from cifar_fastai.training.schedule import fit_scheduled
 
 SLOW_PARTS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -49,11 +51,12 @@ def train(images, path, *cbs, saved=None, opt="sgd"):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0 if saved is None else 1)
     dls = cifar_dls(images, bs=8, valid_pct=0.25, device="cpu", cutout=8, flip_by="epoch")
-    learn = cifar_learner(dls, TinyNet(), opt=opt, precision="fp32")
+    groups = dict(splitter=body_and_head, wd=1e-3, wd_bn_bias=False)
+    learn = cifar_learner(dls, TinyNet(), opt=opt, precision="fp32", metrics=[error_rate], **groups)
     cbs = [WeightAverage(0.9), KeepBest(patience=100), Checkpoint(path, META, saved), *cbs]
     plan = Settings(epochs=3, lr=0.1, valid_pct=0.25, sched="plateau", plateau_patience=0)
     with learn.no_bar(), learn.no_logging():
-        fit_scheduled(learn, plan, 0.1, cbs)
+        fit_scheduled(learn, plan, slice(0.02, 0.1), cbs)
     return learn
 
 
@@ -98,7 +101,10 @@ def test_a_resumed_fit_ends_as_an_uninterrupted_one(tiny_images, tmp_path, opt):
     assert (saved["epoch"], saved["finished_epochs"], saved["train_iter"]) == (2, False, 2 * 4)
     resumed = train(tiny_images, tmp_path / "c.pth", saved=saved, opt=opt)
     assert same(dict(straight.model.state_dict()), dict(resumed.model.state_dict()))
+    assert [hyper["lr"] for hyper in resumed.opt.hypers] == [hyper["lr"] for hyper in straight.opt.hypers]
+    assert resumed.opt.hypers[1]["lr"] == pytest.approx(5 * resumed.opt.hypers[0]["lr"])
     one, other = load_checkpoint(tmp_path / "straight.pth"), load_checkpoint(tmp_path / "c.pth")
+    assert [group["weight_decay"] for group in other["opt"]["param_groups"]] == [1e-3, 0.0] * 2
     assert other["finished_epochs"] and set(other["callbacks"]) == {"weight_average", "keep_best", "plateau"}
     for state in (one, other):
         for row in state["rows"]:

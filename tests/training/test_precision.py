@@ -3,11 +3,14 @@
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation, GradientClip
 from torch import nn
 
 from cifar_fastai.data.loaders import cifar_dls
+from cifar_fastai.errors import InputError
 from cifar_fastai.training.learner import cifar_learner
-from cifar_fastai.training.precision import ScaledStep
+from cifar_fastai.training.precision import Precision, ScaledStep
 
 
 class Spy(nn.Module):
@@ -43,6 +46,40 @@ def test_the_model_computes_in_it_and_the_loss_in_float32(dls, name, dtype):
     assert set(learn.model.seen) == {dtype}, "in training, validation and prediction"
     assert note.types == (torch.float32, torch.float32, False)
     assert all(p.dtype is torch.float32 for p in learn.model.parameters())
+
+
+def test_a_learner_changes_its_precision(dls):
+    """The last one that was asked for is the only one, fastai's own callback among them."""
+    learn = cifar_learner(dls, Spy(), precision="fp32")
+
+    def types():
+        learn.model.seen.clear()
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
+        return {*learn.model.seen}, [type(cb).__name__ for cb in learn.cbs if cb.order == 10]
+
+    assert learn.to_bf16() is learn and types() == ({torch.bfloat16}, ["Precision"])
+    assert learn.settings["precision"] == "bf16" and len(learn.to_bf16()._grab_cbs(Precision)) == 1
+    learn.add_cb(MixedPrecision)
+    assert [type(cb).__name__ for cb in learn.cbs if cb.order == 10] == ["MixedPrecision"]
+    assert learn.to_bf16() is learn and types() == ({torch.bfloat16}, ["Precision"])
+    assert learn.to_fp32() is learn and types() == ({torch.float32}, [])
+    with pytest.raises(InputError, match="precision='fp16': not available on a CPU; use bf16 or fp32"):
+        learn.to_fp16()
+
+
+def test_gradients_accumulate_and_are_clipped_after_their_scale_is_taken_out(dls):
+    weights = []
+    for cbs in [], [ScaledStep(init_scale=8.0)]:
+        torch.manual_seed(0)
+        dls.train.rng.seed(0)
+        learn = cifar_learner(dls, Spy(), precision="fp32", cbs=[GradientAccumulation(16), GradientClip(1e-3), *cbs])
+        before = learn.model.conv.weight.detach().clone()
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
+        weights.append(learn.model.conv.weight.detach())
+    torch.testing.assert_close(*weights)
+    assert 0 < (weights[0] - before).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

@@ -158,6 +158,15 @@ def test_a_resumed_fit_adds_to_the_restored_history(learn, tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2, 3] and len(lrs) == 18 and learn.history.trained_epoch == 2
 
 
+def test_a_history_and_a_range_test_show_themselves(learn):
+    fit(learn, 2)
+    header, *rows = str(learn.history).splitlines()
+    assert header.split() == list(HISTORY_COLUMNS) and len(rows) == 2 and "<td>2</td>" in learn.history._repr_html_()
+    with learn.no_bar():
+        line = repr(range_test(learn, num_it=20))
+    assert line.startswith("20 steps from lr 1e-05 to ") and "suggestions: valley " in line and "\n" not in line
+
+
 def test_an_interrupted_epoch_leaves_nothing(learn):
     class Interrupt(Callback):
         def after_step(self):
