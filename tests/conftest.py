@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_net import TinyNet
 
 os.environ.setdefault("MPLBACKEND", "agg")
+torch.set_num_threads(1)  # tiny networks gain nothing from more
 
 
 @pytest.fixture(autouse=True)

@@ -32,8 +32,6 @@ from cifar_fastai.models import _FACTORIES
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.optimizers import body_and_head
 
-torch.set_num_threads(1)
-
 
 def from_interpretation(act, cls=ClassificationInterpretation):
     return lambda learn: act(cls.from_learner(learn))

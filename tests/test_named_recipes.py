@@ -9,8 +9,6 @@ from cifar_fastai.recipes import PRESETS, RECIPES, resolve_recipe
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.schedule import fit_scheduled
 
-torch.set_num_threads(1)
-
 # What the published solutions' code makes: torch's scheduler, and the momentum of its SGD.
 ONE_CYCLES = {
     "amitkml": dict(max_lr=0.37, pct_start=5 / 24, div_factor=8, cycle_momentum=False),

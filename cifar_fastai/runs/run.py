@@ -80,19 +80,18 @@ class Run:
         config = dict(recipe=self.recipe, given=self.overrides, parameters=self.parameters)
         config |= dict(data_name=images.name, data_source=images.source, data_fingerprint=images.fingerprint)
         path = os.path.abspath(os.path.expanduser(images.source))
-        config |= dict(
-            data_path=path if os.path.exists(path) else None
-        )  # found from any folder, and without CIFAR10_PATH
+        # found from any folder, and without CIFAR10_PATH
+        config |= dict(data_path=path if os.path.exists(path) else None)
         config |= dict(note=images.note, classes=list(images.classes), train_images=len(dls.train_ds))
         config |= dict(mean=list(map(float, images.mean)), std=list(map(float, images.std)))
         config |= dict(device=str(self.device), hardware=hardware, precision=self.precision)
         config |= dict(compiled=self.compiled, eval_split=self.eval_split, versions=software)
         config |= {} if self.suggestions is None else dict(lr_find=self.suggestions)
         if self.checkpoint:
-            parts, start = self.checkpoint["config"].get("earlier_parts", []), self.checkpoint["config"]
-            if any(start.get(name) != config[name] for name in MACHINE):
-                epochs = dict(epochs=self.checkpoint["epoch"])
-                parts = [*parts, epochs | {name: start.get(name) for name in MACHINE}]
+            start = self.checkpoint["config"]
+            part = {name: start.get(name) for name in MACHINE}
+            has_changed = any(part[name] != config[name] for name in MACHINE)
+            parts = start.get("earlier_parts", []) + has_changed * [dict(epochs=self.checkpoint["epoch"]) | part]
             config |= dict(earlier_parts=parts) if parts else {}
         return config | self.history.origin  # the machine of a loaded learner, if no training followed
 

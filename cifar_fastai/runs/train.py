@@ -190,7 +190,7 @@ def _machine_changes(run):
     versions = [values.pop("versions") or {} for values in (then, now)]
     then, now = then | versions[0], now | versions[1]
     changes = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
-    return printable("; ".join(changes))
+    return escaped("; ".join(changes))
 
 
 def _fit(run):

@@ -17,7 +17,6 @@ from cifar_fastai.data.loaders import augmentations, cifar_dls
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.range_test import range_test
 
-torch.set_num_threads(1)
 CROPS = [RandomCrop(), RandomCrop(padding=5, pad_mode="reflect")]
 ALL = [*CROPS, RandomFlip(), RandomVerticalFlip(), RandomRotate(15), CutOut(8), CutOut(8, 1, 0.8, 3)]
 

@@ -8,8 +8,6 @@ from torch import nn
 from cifar_fastai.data.loaders import cifar_dls
 from cifar_fastai.training.learner import cifar_learner
 
-torch.set_num_threads(1)
-
 
 class PlaceNet(nn.Module):
     """Sees colour and place, so that every view has a score of its own; maps of 15 x 15."""

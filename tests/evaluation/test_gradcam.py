@@ -18,7 +18,6 @@ from cifar_fastai.evaluation.gradcam import METHODS, cam_layers, default_layer, 
 from cifar_fastai.models import custom_resnet, resnet18, resnet34
 from cifar_fastai.training.learner import cifar_learner
 
-torch.set_num_threads(1)
 GRADIENT_FREE = ("EigenCAM", "FEM", "ScoreCAM", "AblationCAM")
 
 

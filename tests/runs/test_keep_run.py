@@ -29,8 +29,6 @@ from cifar_fastai.training.checkpoint import load_checkpoint
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.recorder import read_history
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def make(tiny_images, monkeypatch):

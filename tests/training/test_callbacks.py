@@ -16,8 +16,6 @@ from cifar_fastai.training.callbacks import ClipValue, KeepBest, L1Penalty, Stop
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.schedule import fit_scheduled
 
-torch.set_num_threads(1)
-
 
 class Watch(Callback):
     """Gradients as the optimizer takes them, and the weights after every step."""
