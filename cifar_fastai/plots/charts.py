@@ -8,7 +8,9 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from cifar_fastai.plots import style
-from cifar_fastai.plots.style import SMALL, STYLE, WIDTH, Picture, check_lengths, percent, text_width, wrap
+from cifar_fastai.plots.style import SMALL, STYLE, WIDTH, Picture, check_lengths, number, percent, text_width, wrap
+
+NARROW = 5.8  # inches, of a chart that stands beside another on a page
 
 
 @rc_context(STYLE)
@@ -30,11 +32,11 @@ def plot_curves(history, eval_split="test"):
         ax.remove()
     for ax, quantity in zip(axes, quantities, strict=False):
         name = quantity.replace("_", " ")
-        label, scale, number = looks.get(quantity, (name, 1, "{:.3f}"))
+        label, scale, form = looks.get(quantity, (name, 1, "{:.3f}"))
         for split, key, look in ("train", "train", "o-"), (eval_split, "valid", "s-"):
             values = scale * np.array([row.get(f"{key}_{quantity}") for row in history], float)
             measured = values[np.isfinite(values)]
-            last = number.format(measured[-1]) if len(measured) else "not measured"
+            last = form.format(measured[-1]) if len(measured) else "not measured"
             color, size = style.BLUE if key == "train" else style.VERMILION, 5 if len(epochs) <= 30 else 0
             ax.plot(epochs, values, look, color=color, markersize=size, label=f"{split}: {last}")
         ax.set(title=name.capitalize(), xlabel="epoch", ylabel=label, xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
@@ -57,22 +59,23 @@ def plot_schedule(lrs, moms, steps_per_epoch):
     """
     check_lengths(dict(lrs=lrs, moms=moms), at_least=1)
     n_panels = 1 if moms is None else 2
-    fig = Picture(figsize=(WIDTH, 2.2 + 1.7 * n_panels), layout="constrained")
+    fig = Picture(figsize=(NARROW, 1.6 + 1.4 * n_panels), layout="constrained")
     axes = fig.subplots(n_panels, 1, sharex=True, squeeze=False, height_ratios=[3, 2][:n_panels])[:, 0]
     panels = ("learning rate", lrs, style.BLUE), ("momentum", moms, style.PURPLE)
     for ax, (name, values, color) in zip(axes, panels, strict=False):
         values = np.asarray(values, float)
         high, constant = values.max(), np.ptp(values) <= 1e-6 * abs(values.max())
-        course = f"constant at {high:.3g}" if constant else f"from {values[0]:.3g} to {values[-1]:.3g}"
+        course = f"constant at {number(high)}" if constant else f"from {number(values[0])} to {number(values[-1])}"
         ax.plot(values, color=color, linewidth=2, marker="o" if len(values) == 1 else None)
         ax.set_title(f"{name.capitalize()}, {course}", loc="left")
         ax.set_ylabel(name)
+        ax.yaxis.set_major_formatter("{x:.4g}")  # no factor over the axis, where the epochs stand
         if constant:  # rounding noise must not look like a curve
             ax.set_ylim(0, 1.25 * high or 1)
         elif name == "learning rate":
             first, last = np.flatnonzero(values >= high * (1 - 1e-6))[[0, -1]]
             steps = f"step {first:,}" if last - first < steps_per_epoch / 2 else f"steps {first:,} to {last:,}"
-            label = f"peak: {high:.3g} at {steps} (epoch {first / steps_per_epoch:.1f})"
+            label = f"peak: {number(high)} at {steps} (epoch {first / steps_per_epoch:.1f})"
             ax.plot([first], [high], "o", color=style.VERMILION, label=label)
             ax.legend()
     top = axes[0].secondary_xaxis("top", functions=(lambda s: s / steps_per_epoch, lambda e: e * steps_per_epoch))
@@ -90,7 +93,7 @@ def plot_lr_find(lrs, losses, suggestions):
     `lrs`: above 0 and rising; `losses`: one for each; `suggestions`: {name: learning rate or None}.
     """
     lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
-    fig = Picture(figsize=(WIDTH, 4.2), layout="constrained")
+    fig = Picture(figsize=(NARROW, 3.8), layout="constrained")
     ax = fig.subplots()
     ax.plot(lrs, losses, color=style.GREY)
     lrs, losses = lrs[np.isfinite(losses)], losses[np.isfinite(losses)]
@@ -99,7 +102,7 @@ def plot_lr_find(lrs, losses, suggestions):
     for (name, lr), (marker, size, color) in zip(suggestions.items(), cycle(looks), strict=False):
         x = [lr] if lr is not None and np.isfinite(lr) and len(losses) else []
         y = list(np.interp(np.log(x), np.log(lrs), losses)) if x else []
-        label = f"{name}: {lr:.3g}" if x else f"{name}: none"
+        label = f"{name}: {number(lr)}" if x else f"{name}: none"
         ax.plot(x, y, marker, markersize=size, color=color, markeredgecolor="white", label=label, zorder=3)
         ax.vlines(x, 0, 1, transform=ax.get_xaxis_transform(), color=color, linewidth=1, linestyle=":")
         marks += y
@@ -110,7 +113,7 @@ def plot_lr_find(lrs, losses, suggestions):
         ax.set_ylim(best - room, min(top, losses.max()) + room)
     ax.set(title="Learning rate finder", xscale="log", xlabel="learning rate (log scale)", ylabel="loss (smoothed)")
     if suggestions:
-        ax.legend(title="suggested learning rate", alignment="left", labelspacing=0.9)
+        ax.legend(title="suggested learning rate", alignment="left", labelspacing=0.9, frameon=True, edgecolor="none")
     return fig
 
 
@@ -125,16 +128,16 @@ def plot_class_accuracy(class_accuracy, accuracy):
     classes, the 40 of the lowest accuracy are drawn.
     """
     values = np.array(list(class_accuracy.values()), float)
-    order, part = np.argsort(-np.nan_to_num(values, nan=-1), kind="stable"), "best first"
+    order, which = np.argsort(-np.nan_to_num(values, nan=-1), kind="stable"), "best first"
     if len(values) > MANY_CLASSES:
         measured = order[np.isfinite(values[order])]
-        order, part = measured[-MOST_CONFUSED:], f"the {MOST_CONFUSED} lowest of {len(values):,}"
+        order, which = measured[-MOST_CONFUSED:], f"the {MOST_CONFUSED} lowest of {len(values):,}"
     n_columns = 1 if len(order) <= 40 else 2
     n_rows = -(-len(order) // n_columns)
     names = {k: wrap(list(class_accuracy)[k], 2.6 / n_columns) for k in order}
     n_lines = max((len(name.splitlines()) for name in names.values()), default=1)
     height = max(0.27 if n_rows <= 20 else 0.19, 0.16 * n_lines)  # inches
-    fig = Picture(figsize=(WIDTH, 1.3 + n_rows * height), layout="constrained")
+    fig = Picture(figsize=(WIDTH, 1.6 + n_rows * height), layout="constrained")
     for ax, part in zip(fig.subplots(1, n_columns, squeeze=False)[0], np.array_split(order, n_columns), strict=True):
         ax.barh(range(len(part)), values[part], color=style.BLUE, alpha=0.75, height=0.7)
         line = ax.axvline(accuracy, color=style.VERMILION, linestyle="--")
@@ -144,7 +147,7 @@ def plot_class_accuracy(class_accuracy, accuracy):
         ax.set(xlim=(0, 1), ylim=(n_rows - 0.4, -0.6), xlabel="accuracy")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         ax.grid(False, axis="y")
-    fig.suptitle(f"Accuracy by class, {part}")
+    fig.suptitle(f"Accuracy by class, {which}")
     fig.legend([line], [f"all images: {percent(accuracy)}"], loc="outside lower center", fontsize=style.NORMAL)
     return fig
 
@@ -153,8 +156,8 @@ def plot_class_accuracy(class_accuracy, accuracy):
 def plot_confusion_matrix(matrix, classes):
     """Numbers of images by true class (rows) and predicted class (columns).
 
-    `matrix`: int (C, C); `classes`: C names. Right answers are coloured by their share of the true class, errors by
-    their number, on a scale to 5 at least; zeros stay white. Of more than 100 classes, the most confused pairs are
+    `matrix`: int (C, C); `classes`: C names. Errors are coloured by their number, on a scale to 5 at least, right
+    answers by their share of the true class; zeros stay white. Of more than 100 classes, the most confused pairs are
     drawn, as bars. Raises ValueError when the shapes disagree.
     """
     check_lengths(dict(matrix=matrix, classes=classes), at_least=1)
@@ -166,25 +169,21 @@ def plot_confusion_matrix(matrix, classes):
     names = [wrap(name, 2, size) for name in classes]
     widest = max(text_width(line, size) for name in names for line in name.split("\n"))
     turned = widest > 0.9 * cell
-    sizes = max(n * cell + widest + 2, 5), max(n * cell + turned * widest + 1, 3)
-    fig = Picture(figsize=sizes, layout="constrained")
+    sizes = max(n * cell + widest + 1.6, 5), max(n * cell + turned * widest + 1.2, 3.2)
+    fig = Picture(figsize=sizes, layout="compressed")
     ax = fig.subplots()
     font = min(style.NORMAL, 72 * cell / (0.65 * len(str(matrix.max())) + 0.5))  # points
     right, share = np.eye(n, dtype=bool), matrix / np.maximum(matrix.sum(1, keepdims=True), 1)  # (C, C)
-    most = max(5, matrix[~right].max(initial=0))
-    layers = (
-        (right, share, Normalize(0, 1), style.BLUE, "right: share of the true class", PercentFormatter(1, 0, " %")),
-        (~right & (matrix > 0), matrix, PowerNorm(0.7, 0, most), style.VERMILION, "wrong: number of images", None),
-    )
-    for cells, values, norm, color, label, number in layers:
-        if not cells.any():  # no errors
-            continue
-        colors = LinearSegmentedColormap.from_list(label, ["white", color])
+    scale = PowerNorm(0.7, 0, max(5, matrix[~right].max(initial=0)))
+    layers = (right, share, Normalize(0, 1), style.BLUE), (~right & (matrix > 0), matrix, scale, style.VERMILION)
+    for cells, values, norm, color in layers:
+        colors = LinearSegmentedColormap.from_list(color, ["white", color])
         image = ax.imshow(np.ma.masked_where(~cells, values), cmap=colors, norm=norm)
-        fig.colorbar(image, ax=ax, shrink=0.8, aspect=30, pad=0.01, label=label, format=number)
         for row, column in np.argwhere(cells & (matrix > 0)) if font >= 5 else ():
-            ink = "white" if norm(values[row, column]) > 0.6 else "black"
+            ink = "white" if norm(values[row, column]) > 0.85 else "black"
             ax.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=font, color=ink)
+    if (matrix > 0)[~right].any():
+        fig.colorbar(image, ax=ax, shrink=0.8, aspect=30, pad=0.02, label="errors: number of images")
     for axis, rotation in (ax.xaxis, 90 if turned else 0), (ax.yaxis, 0):
         axis.set_ticks(range(n), names, fontsize=size, parse_math=False, rotation=rotation)
         axis.set_ticks(np.arange(n + 1) - 0.5, minor=True)
@@ -193,7 +192,7 @@ def plot_confusion_matrix(matrix, classes):
     ax.tick_params(which="both", length=0)
     ax.spines[:].set_visible(True)
     title = "Confusion matrix, numbers of images" if font >= 5 else "Confusion matrix"
-    ax.set(title=title, xlabel="predicted class", ylabel="true class")
+    ax.set(title=title, xlabel="predicted class\nblue: right answers, by share of the true class", ylabel="true class")
     return fig
 
 
@@ -203,7 +202,7 @@ def _plot_most_confused(matrix, classes):
     cells = np.argsort(-errors, axis=None, kind="stable")[:MOST_CONFUSED]
     pairs = [(t, p) for t, p in zip(*np.unravel_index(cells, errors.shape), strict=True) if errors[t, p]]
     names = [wrap(f"{classes[t]} taken for {classes[p]}", 3.6) for t, p in pairs]
-    fig = Picture(figsize=(WIDTH, 1.3 + 0.19 * sum(len(name.splitlines()) for name in names)), layout="constrained")
+    fig = Picture(figsize=(WIDTH, 1.4 + 0.19 * sum(len(name.splitlines()) for name in names)), layout="constrained")
     ax = fig.subplots()
     ax.barh(range(len(pairs)), [errors[pair] for pair in pairs], color=style.VERMILION, height=0.7)
     ax.set_yticks(range(len(pairs)), names, fontsize=SMALL, parse_math=False)

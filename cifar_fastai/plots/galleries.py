@@ -1,5 +1,7 @@
 """Pictures made of images: each pixel of a 32 x 32 image is a crisp square."""
 
+import re
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
@@ -17,12 +19,13 @@ LINE = 1.25 * SMALL / 72  # inches, of a caption
 def plot_augmentations(columns):
     """The same images after each transform: one row per image, one column per transform.
 
-    `columns`: {title: uint8 (K, H, W, 3)}, drawn in that order. Raises ValueError unless every column has the same
-    number of images, at least one.
+    `columns`: {name: uint8 (K, H, W, 3)}, drawn in that order; "RandomCrop" is headed "Random Crop". Raises ValueError
+    unless every column has the same number of images, at least one.
     """
     check_lengths(columns, at_least=1)
     n_rows = len(next(iter(columns.values())))
-    fig, axes = _grid([1] * len(columns), n_rows, "Augmentations", heads=list(columns))
+    heads = [re.sub("(?<=[a-z])(?=[A-Z])", " ", name) for name in columns]
+    fig, axes = _grid([1] * len(columns), n_rows, "Augmentations", heads=heads, largest=1.05)
     for column, images in zip(axes.T, columns.values(), strict=True):
         for ax, image in zip(column, images, strict=True):
             ax.imshow(image)
@@ -44,7 +47,7 @@ def plot_tiles(images, true, predicted, confidence, losses=None, n_cols=5, title
     notes = [f"{percent(sure)} sure" for sure in confidence]
     if losses is not None:
         notes = [f"{note}, loss {loss:.2f}" for note, loss in zip(notes, losses, strict=True)]
-    n_cols, captions = min(n_cols, len(images)), list(zip(true, predicted, notes, strict=True))
+    n_cols, captions = min(n_cols, len(images)), list(zip([None] * len(images), true, predicted, notes, strict=True))
     fig, axes = _grid([1] * n_cols, -(-len(images) // n_cols), title, captions=captions, largest=1.9)
     for ax, image in zip(axes.flat, images, strict=False):
         ax.imshow(image)
@@ -54,18 +57,19 @@ def plot_tiles(images, true, predicted, confidence, losses=None, n_cols=5, title
 
 
 @rc_context(STYLE)
-def plot_gradcam(images, heatmaps, true, predicted, confidence, alpha=0.5, title=None, classes=None):
+def plot_gradcam(images, heatmaps, true, predicted, confidence, alpha=0.5, title=None, classes=None, names=None):
     """Grad-CAM: each image, and for every set of heatmaps the heatmap and its overlay on the image.
 
     `images`: uint8 (K, H, W, 3); `heatmaps`: one `Heatmaps` (maps (K, H, W) in 0..1), or a list of them: several
     layers, or classes, side by side; `true`, `predicted`: K class names (true[k] None where unknown); `confidence`: K
-    fractions; `alpha`: weight of the heatmap in the overlay, 0..1; `classes`: the names of the heatmaps' targets. A
-    text replaces a negligible map. Raises InputError for a wrong `alpha`, ValueError on unequal lengths.
+    fractions; `alpha`: weight of the heatmap in the overlay, 0..1; `classes`: the names of the heatmaps' targets;
+    `names`: K texts to put over the classes, such as file names. A text replaces a negligible map. Raises InputError
+    for a wrong `alpha`, ValueError on unequal lengths.
     """
     if not 0 <= alpha <= 1:
         raise InputError("must lie between 0 (the image alone) and 1 (the heatmap alone)", alpha=alpha)
     sets = heatmaps if isinstance(heatmaps, (list, tuple)) else [heatmaps]
-    lengths = dict(images=images, true=true, predicted=predicted, confidence=confidence)
+    lengths = dict(images=images, true=true, predicted=predicted, confidence=confidence, names=names)
     check_lengths(lengths | {f"heatmaps {k}": maps.maps for k, maps in enumerate(sets)})
     if not len(images):
         return _message(title or "Grad-CAM", "no images to explain")
@@ -76,8 +80,9 @@ def plot_gradcam(images, heatmaps, true, predicted, confidence, alpha=0.5, title
     shared, facts, notes = _describe(sets, true, predicted, classes)
     notes = [f"{percent(sure)} sure{note}" for sure, note in zip(confidence, notes, strict=True)]
     heads = ["image"] + [head for fact in facts for head in (f"{fact}\nheatmap".strip(), "overlay")]
-    options = dict(heads=[*heads, "", *heads], captions=list(zip(true, predicted, notes, strict=True)), span=n_tiles)
-    title = ": ".join(filter(None, (title, shared)))
+    captions = list(zip(names or [None] * len(images), true, predicted, notes, strict=True))
+    options = dict(heads=[*heads, "", *heads], captions=captions, span=n_tiles)
+    title = "\n".join(filter(None, (title, shared)))
     fig, axes = _grid(ratios, -(-len(images) // n_groups), title, **options, extra=0.5)
     groups = [row[start : start + n_tiles] for row in axes for start in range(0, len(ratios), n_tiles + 1)]
     for k, group in enumerate(groups[: len(images)]):
@@ -122,12 +127,13 @@ def _describe(sets, true, predicted, classes):
 def _grid(ratios, n_rows, title, heads=(), captions=(), span=1, largest=1.3, extra=0):
     """A Figure of square axes without ticks, and its axes as an array (rows, columns).
 
-    `ratios`: relative widths of the columns; `heads`: a text over each column; `captions`: (true or None, predicted,
-    note) under every `span` columns and a gap; `largest`: inches of an image; `extra`: inches under the grid.
+    `ratios`: relative widths of the columns; `heads`: a text over each column; `captions`: (name or None, true or
+    None, predicted, note) under every `span` columns and a gap; `largest`: inches of an image; `extra`: inches under
+    the grid.
     """
     tile = np.clip(style.WIDTH / sum(ratios) - GAP, 0.8, largest)
     width = max(sum(ratios) * (tile + GAP), 4.2)
-    title = wrap(title or "", width - 2 * GAP, style.LARGE)
+    title = "\n".join(wrap(line, width - 2 * GAP, style.LARGE) for line in (title or "").split("\n"))
     heads = ["\n".join(wrap(line, tile) for line in head.split("\n")) for head in heads]
     captions = [_caption(*words, span * tile) for words in captions]
     above = max((0.1 + LINE * (head.count("\n") + 1) for head in heads), default=0)
@@ -151,11 +157,11 @@ def _grid(ratios, n_rows, title, heads=(), captions=(), span=1, largest=1.3, ext
     return fig, axes
 
 
-def _caption(true, predicted, note, width):
-    """[(line of at most `width` inches, colour)]; `true` is None where unknown."""
-    colors = style.BLUE, style.BLUE if true in (None, predicted) else style.VERMILION, GREY
-    texts = list(zip((f"true: {true}", f"predicted: {predicted}", note), colors, strict=True))[true is None :]
-    return [(line, color) for text, color in texts for line in wrap(text, width).split("\n")]
+def _caption(name, true, predicted, note, width):
+    """[(line of at most `width` inches, colour)]; `name` and `true` are None where there is none."""
+    color = style.BLUE if true in (None, predicted) else style.VERMILION
+    texts = (name, "black"), (true and f"true: {true}", style.BLUE), (f"predicted: {predicted}", color), (note, GREY)
+    return [(line, color) for text, color in texts if text for line in wrap(text, width).split("\n")]
 
 
 def _message(title, text):

@@ -36,7 +36,7 @@ FIGURES = {
     "misclassified": "Misclassified images",
     "gradcam": "Where the network looked",
 }
-IN_EXPLORER = "top_losses", "misclassified", "gradcam"  # figures of which the explorer shows the same and more
+OF_ERRORS = "top_losses", "misclassified", "gradcam"  # figures of which the explorer shows the same and more
 
 
 def write_report(run_dir, tiles=None, command=None):
@@ -62,7 +62,8 @@ def write_report(run_dir, tiles=None, command=None):
     pairs = predictions.most_confused() if predictions else []
     n_images, n_errors = int(matrix.sum()), int(matrix.sum() - matrix.trace())
     tiles = tiles if n_errors else None
-    split = "test" if metrics["test_accuracy"] is not None else metrics["eval_split"] or "test"
+    eval_split = metrics["eval_split"] or config["eval_split"] or "test"
+    split = "test" if metrics["test_accuracy"] is not None else eval_split
     loader = PackageLoader("cifar_fastai.report", "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "duration": _duration, "value": _value}
@@ -76,9 +77,9 @@ def write_report(run_dir, tiles=None, command=None):
     if len(classes) <= MANY_CLASSES:
         context |= dict(matrix=matrix.tolist(), shades=_shades(matrix).tolist())
     context |= dict(n_pairs=MOST_CONFUSED, n_images=n_images, n_errors=n_errors)
-    context |= dict(tiles=tiles, sheet=SHEET, script=script, script_hash=script_hash)
-    context |= dict(curves=_draw_curves(history, metrics["eval_split"] or "test"))
-    context |= dict(figures=_read_figures(run_dir, IN_EXPLORER if tiles else ()))
+    context |= dict(tiles=tiles, sheet=SHEET, script=script, script_hash=script_hash, eval_split=eval_split)
+    context |= dict(curves=_draw_curves(history, eval_split), of_errors=OF_ERRORS)
+    context |= dict(figures=_read_figures(run_dir, OF_ERRORS if tiles else () if n_errors else OF_ERRORS[1:]))
     with atomic_write(run_dir / "report.html", "wb") as file:
         file.write(_render(environment.get_template("report.html"), context, tiles))
     return run_dir / "report.html"

@@ -79,8 +79,8 @@ def explain_files(learn, files, layer=None, method="GradCAM", target="predicted"
     targets = [int(item.probs.argmax()) for item in predictions] if target == "predicted" else target
     x = image_batch(learn, images)  # (N, 3, S, S)
     heatmaps = [gradcam(learn, x, targets, name, method) for name in listify(layer) or [None]]
-    classes = predictions[0].classes
-    return plot_gradcam(images, heatmaps, [None] * len(images), predicted, confidence, alpha, classes=classes)
+    words = dict(classes=predictions[0].classes, names=[printable(item.file.name) for item in predictions])
+    return plot_gradcam(images, heatmaps, [None] * len(images), predicted, confidence, alpha, **words)
 
 
 def _explain_errors(learn, split, dl, predictions, n, layers, method, target, alpha):

@@ -81,11 +81,22 @@ def range_test(learn, start_lr=1e-5, end_lr=10.0, num_it=100):
     n_finite = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     if n_finite < 10:
         raise RunError(f"the range test saw only {n_finite} steps with a finite loss; try a lower start")
-    lrs, losses, suggestions = lrs[:n_finite], losses[:n_finite], dict.fromkeys(choices("lr_suggest"))
-    used = slice(min(num_it // 10, n_finite // 4), n_finite - (5 if n_finite > 20 else 0))  # as in fastai's lr_find
+    lrs, losses = lrs[:n_finite], losses[:n_finite]
+    learn.range_test = RangeTest(lrs, losses, suggest(lrs, losses, num_it))
+    return learn.range_test
+
+
+def suggest(lrs, losses, num_it):
+    """{rule: learning rate}, None where a rule finds none, or one after the loss has exploded.
+
+    A loss has exploded that comes after the lowest and is a tenth above the highest before it.
+    """
+    n, suggestions, lowest = len(lrs), dict.fromkeys(choices("lr_suggest")), losses.index(min(losses))
+    limit = next((lrs[k] for k in range(lowest, n) if losses[k] > 1.1 * max(losses[: lowest + 1])), math.inf)
+    used = slice(min(num_it // 10, n // 4), n - (5 if n > 20 else 0))  # as in fastai's lr_find
     for name in suggestions:
         rule = getattr(SuggestionMethod, name.capitalize())
         with suppress(IndexError, ValueError):
-            suggestions[name] = float(rule(torch.tensor(lrs[used]), torch.tensor(losses[used]), num_it)[0])
-    learn.range_test = RangeTest(lrs, losses, suggestions)
-    return learn.range_test
+            lr = float(rule(torch.tensor(lrs[used]), torch.tensor(losses[used]), num_it)[0])
+            suggestions[name] = lr if lr < torch.tensor(limit) else None  # in float32, as the rules
+    return suggestions

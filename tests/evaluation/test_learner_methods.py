@@ -53,7 +53,7 @@ def test_gradcam(learn, drawn):
         figure = learn.plot_gradcam(3, target=target)
         (heat,) = drawn["plot_gradcam"][1]
         assert (heat.targets == expected).all() and heat.layer == "bn" and heat.map_size == (15, 15)
-        assert title(figure).startswith(f"3 of {len(preds.errors)} misclassified images, highest loss first: GradCAM")
+        assert title(figure).startswith(f"3 of {len(preds.errors)} misclassified images, highest loss first GradCAM")
     learn.plot_gradcam(3, layer=["conv", "bn"], target="both", method="LayerCAM", preds=preds)
     heats = drawn["plot_gradcam"][1]
     assert [(heat.layer, heat.method) for heat in heats] == [("conv", "LayerCAM")] * 2 + [("bn", "LayerCAM")] * 2

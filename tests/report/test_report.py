@@ -136,7 +136,16 @@ def test_numbers_are_those_of_metrics_json(run):
     assert expected.items() <= page.metrics.items()
     assert "tta_shift_accuracy" not in page.metrics  # null in the file
     assert "−1.00 points" in page.text and "3e−05" in page.text, "a minus sign, not a hyphen"
-    assert "3 parameters, 2 of them set for this run" in page.text and COMMAND in page.text
+    assert "3 settings, 2 of them set for this run" in page.text and COMMAND in page.text
+
+
+def test_sections_come_in_order_and_short_heads_are_upright(run, tmp_path):
+    sections = [attrs["id"] for attrs in run[1].all("section")]
+    assert sections == ["errors", "classes", "training", "settings"]
+    assert [link["href"] for link in run[1].all("a")] == [f"#{name}" for name in sections]
+    assert run[1].all("table", id="matrix")[0]["class"] == "matrix upright"
+    make_run(tmp_path, classes=("airplane", "automobile", "bird", "caterpillar"))
+    assert Page(write_report(tmp_path)).all("table", id="matrix")[0]["class"] == "matrix"
 
 
 def test_every_error_is_a_tile_and_no_other_image(run):
@@ -255,6 +264,10 @@ def test_a_run_without_errors_and_one_without_a_test_split(tmp_path):
     page = Page(write_report(tmp_path, make_run(tmp_path, eval_split="valid", test_accuracy=None)))
     assert "The test split was not read" in page.text and "of the validation split are classified wrong" in page.text
     assert "valid_accuracy" in page.metrics and "test_accuracy" not in page.metrics
+    assert "Validation loss" in page.text and "valid: 80.0 %" in page.text and "Test " not in page.text
+    page = Page(write_report(tmp_path, make_run(tmp_path, best_epoch=2, best_valid_accuracy=0.875)))
+    assert page.metrics["best_valid_accuracy"] == "87.50 %" and "epoch 2, in best.pth" in page.text
+    assert f'load_run("{tmp_path.name}", weights="best.pth")' in page.text
 
 
 def test_interrupted_run(tmp_path):
@@ -263,6 +276,11 @@ def test_interrupted_run(tmp_path):
     for name in ("metrics.json", "predictions.csv", "summary.txt"):
         (tmp_path / name).unlink()
     page = Page(write_report(tmp_path))
+    assert "Test loss" in page.text
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"eval_split": "valid"})
+    page = Page(write_report(tmp_path))
+    assert "Validation loss" in page.text and "Test loss" not in page.text
     assert "The run ended after 2 of 3 epochs." in page.text and "The run was not evaluated." in page.text
     assert "Epoch by epoch" in page.text and not page.tiles
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 from cifar_fastai import load_run, predict_files
 from cifar_fastai.evaluation.predictions import Predictions
+from cifar_fastai.plots.galleries import plot_gradcam
+from cifar_fastai.runs import explain
 from cifar_fastai.runs.explain import explain_run
 
 EXPLAIN = Path(__file__).parents[2] / "recipes" / "explain.py"
@@ -62,9 +64,14 @@ def test_files_need_no_data_set(run, photo, tiny_folder, tmp_path, monkeypatch, 
     """On a machine that has the run alone, and the same answer as with the data."""
     moved = shutil.move(run, tmp_path / "moved")
     capsys.readouterr()
+    drawn = {}
     with monkeypatch.context() as patch:
         patch.setattr("cifar_fastai.runs.run.load_images", lambda *_, **__: pytest.fail("the images were read"))
+        patch.setattr(
+            explain, "plot_gradcam", lambda *args, **words: drawn.update(words) or plot_gradcam(*args, **words)
+        )
         picture = explain_run(moved, [photo], layer="layer1", out=tmp_path / "why.png")
+    assert drawn["names"] == ["photo.jpg"]
     text = capsys.readouterr().out
     assert picture.exists() and "photo.jpg" in text and "640 x 427, cropped" in text
     learn, _ = load_run(moved, data=str(tiny_folder))

@@ -30,7 +30,9 @@
   const filter = { t: null, p: null };            // class numbers, null for any
   const filters = [...document.querySelectorAll('#matrix button, .chips button')];
   const sort = byId('sort');
-  let shown = tiles;
+  const FIRST = 20;                               // tiles at first, so that what follows the gallery is near
+  const more = byId('more');
+  let matches = tiles, whole = false;
 
   function total() {                               // errors of the split, on the page or left out
     let n = 0;
@@ -38,12 +40,14 @@
     return n;
   }
 
+  const count = n => n.toLocaleString('en-US');
+
   function describe() {
-    const all = total(), count = n => n.toLocaleString('en-US');
+    const all = total();
     const what = filter.t !== null && filter.p !== null ? `${classes[filter.t]} taken for ${classes[filter.p]}`
       : filter.t !== null ? `true class ${classes[filter.t]}`
       : filter.p !== null ? `predicted class ${classes[filter.p]}` : '';
-    const n = shown.length;
+    const n = matches.length;
     const number = n < all ? `${count(n)} of ${count(all)} errors` : n === 1 ? '1 error' : `${count(n)} errors`;
     return what ? `${number}: ${what}` : number;
   }
@@ -51,9 +55,12 @@
   function update() {
     const sign = sort.value.startsWith('-') ? -1 : 1, key = sort.value.slice(-1);
     tiles.sort((a, b) => sign * (a.dataset[key] - b.dataset[key]) || a.dataset.i - b.dataset.i);
-    shown = tiles.filter(({ dataset: { t, p } }) => (filter.t ?? +t) === +t && (filter.p ?? +p) === +p);
+    matches = tiles.filter(({ dataset: { t, p } }) => (filter.t ?? +t) === +t && (filter.p ?? +p) === +p);
+    const shown = whole ? matches : matches.slice(0, FIRST);
     gallery.replaceChildren(...shown);              // much faster than to hide the others one by one
     rove(gallery, shown[0]?.firstElementChild);
+    more.hidden = shown.length === matches.length;
+    more.textContent = `Show all ${count(matches.length)}`;
     for (const button of filters) {
       const { t, p } = classesOf(button), pressed = String(t === filter.t && p === filter.p);
       if (button.getAttribute('aria-pressed') !== pressed) button.setAttribute('aria-pressed', pressed);
@@ -72,6 +79,11 @@
     if (top < 0 || top > innerHeight * 0.55) toolbar.parentElement.scrollIntoView();
   });
   sort.addEventListener('change', update);
+  more.addEventListener('click', () => {
+    whole = true;
+    update();
+    rove(gallery, gallery.children[FIRST].firstElementChild).focus();
+  });
 
   // ---- what a tile shows
   const view = tile => tile.dataset.view ?? '';
@@ -120,7 +132,7 @@
   }
 
   gallery.addEventListener('keydown', event => {
-    const tile = tileOf(event), at = shown.indexOf(tile);
+    const shown = [...gallery.children], tile = tileOf(event), at = shown.indexOf(tile);
     if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     if (views[event.key - 1] !== undefined) {
       delete tile.dataset.peek;
