@@ -5,11 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from tiny_net import TinyNet
 
 os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)  # tiny networks gain nothing from more
+settings.register_profile("suite", derandomize="FUZZ_EXAMPLES" not in os.environ, deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

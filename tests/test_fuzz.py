@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.learner import Learner
-
-pytest.importorskip("hypothesis")
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,10 +29,7 @@ from cifar_fastai.settings import OPTIONS
 
 pytestmark = pytest.mark.fuzz
 
-EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
-FUZZ = settings(
-    max_examples=int(EXAMPLES or 250), derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
-)
+FUZZ = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 250)), suppress_health_check=list(HealthCheck))
 SEEN = defaultdict(set)  # the exit statuses
 N_STEPS = 3  # of a training, which then ends as by Ctrl-C
 

@@ -77,7 +77,7 @@ class Source:
         """A dict whose keys are names, tuples of their parts from a mark on."""
         top = (self.root,) if self.root else ()
         inside = {parts[len(top) :]: value for parts, value in self._members.items() if parts[: len(top)] == top}
-        return {name: value for name, value in inside.items() if name[0] in MARKS or name == ("meta",)}
+        return {name: value for name, value in inside.items() if MARKS.intersection(name[:1]) or name == ("meta",)}
 
     def read(self, name, max_bytes):
         """The content of a file. Raises InputError where it cannot be read or is larger than `max_bytes`."""

@@ -22,7 +22,7 @@ from cifar_fastai.data.images import load_images
 from cifar_fastai.data.sources import BATCH_FILES
 from cifar_fastai.errors import InputError
 
-BOUNDED = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(max_examples=50, suppress_health_check=list(HealthCheck))
 
 
 FILES = tiny_files(n_train=2, top="pets/")

@@ -32,7 +32,7 @@ from cifar_fastai.training.optimizers import body_and_head
 from cifar_fastai.training.schedule import fit_scheduled
 
 SLOW_PARTS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-FUZZ = settings(deadline=None, max_examples=200, derandomize=True, suppress_health_check=SLOW_PARTS)
+FUZZ = settings(max_examples=200, suppress_health_check=SLOW_PARTS)
 META = dict(config={"parameters": {"ema": 0.9}}, given={}, recipe="resnet18", fingerprint="f00d")
 
 
