@@ -1,6 +1,7 @@
 """Tiny data and networks that the tests share."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -71,3 +72,44 @@ def tiny(tiny_folder, monkeypatch):
 
     monkeypatch.setenv("CIFAR_FASTAI_CACHE", str(tiny_folder.parent / "cache"))
     return Tiny(tiny_folder, monkeypatch)
+
+
+@pytest.fixture(scope="module")  # not longer: its event loop would be in the way of those of notebooks
+def chromium():
+    """A Chromium that Playwright drives; the test is skipped where one of them is missing."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no browser: install chromium")
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=browser)
+
+
+@pytest.fixture
+def problems():
+    """What no report may cause: errors and warnings on the console, exceptions, requests. Empty at the end."""
+    problems = []
+    yield problems
+    assert problems == []
+
+
+@pytest.fixture
+def visit(chromium, problems):
+    """A function that opens a file in a new window."""
+    windows = []
+
+    def visit(path, width=1280, dark=False, **options):
+        size, scheme = dict(width=width, height=900), "dark" if dark else "light"
+        options |= dict(viewport=size, color_scheme=scheme, has_touch=True, reduced_motion="reduce")
+        windows.append(chromium.new_context(**options))
+        page, uri = windows[-1].new_page(), path.resolve().as_uri()
+        page.set_default_timeout(5_000)
+        page.on("pageerror", lambda error: problems.append(error.message))
+        page.on("console", lambda line: line.type in ("error", "warning") and problems.append(line.text))
+        page.on("request", lambda to: to.url.startswith(("data:", uri)) or problems.append(to.url))
+        page.goto(uri)
+        return page
+
+    yield visit
+    for window in windows:
+        window.close()

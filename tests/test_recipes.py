@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from test_report_browser import BROWSER, Chromium
 from tiny_runs import FILES
 
 from cifar_fastai.files import read_json
@@ -72,20 +71,15 @@ def test_explain_reads_the_run(finished, tmp_path, capsys):
     assert (tmp_path / "why.png").stat().st_size > 10_000 and "true" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium")
-def test_its_page_opens_in_a_browser(finished, tmp_path):
+def test_its_page_opens_in_a_browser(finished, visit):
     """All errors of a real run with the heatmaps of both classes, and no complaint of the browser."""
     out, _ = finished
     wrong = len(pd.read_csv(out / "predictions.csv").query("target != predicted"))
-    browser = Chromium(tmp_path / "profile")
-    try:
-        browser.open(out / "report.html", width=390)
-        assert browser.run("document.querySelectorAll('#tiles > li .p + .t').length") == wrong > 0
-        browser.click("[data-show=t]")
-        assert browser.run("document.querySelectorAll('#tiles > li[data-view=t]').length") == wrong
-        assert browser.run("document.documentElement.scrollWidth") == 390 and browser.problems == []
-    finally:
-        browser.close()
+    page = visit(out / "report.html", width=390)
+    assert page.locator("#tiles > li .p + .t").count() == wrong > 0
+    page.click("[data-show=t]")
+    assert page.locator("#tiles > li[data-view=t]").count() == wrong
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_help_answers_without_torch():

@@ -1,25 +1,14 @@
 """report.html in a real browser: what a reader sees, clicks, taps and types, and what axe-core says of it."""
 
-import shutil
-
 import pytest
 from test_report import HOSTILE, make_run, read_predictions
 
 from cifar_fastai.report.page import write_report
 
-playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium")
 
 CLASSES = ("red", "green", "blue")
 FIRST = 20  # tiles before "Show all"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=BROWSER)
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +16,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "resnet18-1"
     write_report(folder, make_run(folder, n=240), "python recipes/resnet18.py --epochs 3")
     return folder
-
-
-@pytest.fixture
-def problems():
-    """What no report may cause: errors and warnings on the console, exceptions, requests. Empty at the end."""
-    problems = []
-    yield problems
-    assert problems == []
-
-
-@pytest.fixture
-def visit(chromium, problems):
-    """A function that opens a file in a new window."""
-    windows = []
-
-    def visit(path, width=1280, dark=False, **options):
-        size, scheme = dict(width=width, height=900), "dark" if dark else "light"
-        options |= dict(viewport=size, color_scheme=scheme, has_touch=True, reduced_motion="reduce")
-        windows.append(chromium.new_context(**options))
-        page, uri = windows[-1].new_page(), path.resolve().as_uri()
-        page.set_default_timeout(5_000)
-        page.on("pageerror", lambda error: problems.append(error.message))
-        page.on("console", lambda line: line.type in ("error", "warning") and problems.append(line.text))
-        page.on("request", lambda to: to.url.startswith(("data:", uri)) or problems.append(to.url))
-        page.goto(uri)
-        return page
-
-    yield visit
-    for window in windows:
-        window.close()
 
 
 @pytest.fixture
