@@ -282,8 +282,7 @@ def _fastai(s):
 
 def _bare_step(model, s):
     """PyTorch's own step with the optimizer of `cifar_learner`."""
-    opt_func, splitter = optimizer_factory()
-    wrapped = opt_func(splitter(model), lr=1e-3)
+    wrapped = optimizer_factory()(model.parameters(), lr=1e-3)
     wrapped.set_hypers(wd=5e-4)
     return peers.training_step(model, wrapped.opt, s.precision, s.device)
 

@@ -1,6 +1,7 @@
 """Tiny data and networks that the tests share."""
 
 import os
+import random
 import shutil
 
 import numpy as np
@@ -14,6 +15,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)  # tiny networks gain nothing from more
 settings.register_profile("suite", derandomize="FUZZ_EXAMPLES" not in os.environ, deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers():
+    """No test depends on what others have drawn."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
