@@ -66,8 +66,9 @@ def plot_class_accuracy(self: Learner, dl=None, preds=None):
 @patch
 def plot_curves(self: Learner):
     """A Figure of loss and accuracy in every epoch of the learner or its loaded run. InputError without any."""
-    valid_pct = getattr(self, "settings", {}).get("valid_pct")
-    return charts.plot_curves(_history(self).rows, "test" if valid_pct is None else "valid")
+    settings = getattr(self, "settings", {})  # only `cifar_dls` may evaluate the test split
+    is_test = "valid_pct" in settings and settings["valid_pct"] is None
+    return charts.plot_curves(_history(self).rows, "test" if is_test else "valid")
 
 
 @patch

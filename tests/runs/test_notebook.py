@@ -176,6 +176,8 @@ def test_a_run_with_loaders_a_network_and_metrics_of_ones_own(tiny_folder, tmp_p
     assert metrics["valid_error_rate"] == last["valid_error_rate"] and metrics["test_accuracy"] is None
     titles = [ax.get_title() for ax in learn.plot_curves().axes]
     assert titles == ["Loss", "Error rate", "F1 score"]
+    labels = [line.get_label() for line in learn.plot_curves().axes[0].lines]
+    assert labels[1].startswith("valid: "), "such DataLoaders have no test split"
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"report.html", "predictions.csv", "learner.pkl", "confusion_matrix.png"} <= written
     assert not {"augmentations.png", "gradcam.png"} & written
