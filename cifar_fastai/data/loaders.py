@@ -17,7 +17,7 @@ from fasttransform import Transform
 from cifar_fastai.data.augment import AlternatingFlip, CutOut, RandomCrop, RandomFlip, RandomRotate, RandomVerticalFlip
 from cifar_fastai.data.images import ImageSet, load_images, stratified_cut
 from cifar_fastai.data.photos import FitImage
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, renamed
 from cifar_fastai.hardware import choose_device
 from cifar_fastai.recipes import RECIPES
 from cifar_fastai.settings import check_values
@@ -25,6 +25,11 @@ from cifar_fastai.settings import check_values
 _RECIPE = RECIPES["resnet18"]
 MIN_STEPS = 20  # per epoch: a small set gets smaller batches
 BATCHES_AT_ONCE = 64  # whose rows are copied to the device together
+_ELSEWHERE = dict(  # arguments of fastai's DataLoaders, and where they belong
+    batch_tfms="`cifar_block(images, batch_tfms=[...])` takes them",
+    item_tfms="images are augmented in batches: see `batch_tfms` of `cifar_block`; `size` resizes them",
+    num_workers="the images are in memory, and batches are made without workers",
+)
 
 
 class Store:
@@ -234,12 +239,12 @@ def cifar_dls(
     small set gives 20 steps. `dls.images` is the ImageSet, `dls.settings` the values the loaders were made with.
     InputError for values out of range or too large for the data.
     """
-    for name in {"batch_tfms", "item_tfms", "num_workers"} & kwargs.keys():
-        hint = "cifar_block(images, batch_tfms=[...]) takes batch transforms; the images are in memory, without workers"
-        raise InputError(hint, **{name: kwargs[name]})
+    for name in _ELSEWHERE.keys() & kwargs.keys():
+        raise InputError(_ELSEWHERE[name], **{name: kwargs[name]})
     values = dict(valid_pct=valid_pct, split_seed=split_seed, subset=subset, flip=flip)
     values |= check_values(**values, **({} if bs is None else {"bs": bs}))
-    check_values(bs=val_bs)
+    with renamed(bs="val_bs"):
+        check_values(bs=val_bs)
     kwargs = kwargs if flip is None else {"flip_by": "chance"} | kwargs  # a probability is not for alternating flips
     augmentations(size=128, **kwargs)  # raises for wrong values before any image is loaded
     images = images if isinstance(images, ImageSet) else load_images(images, size=size)

@@ -202,10 +202,10 @@ def test_what_is_larger_than_the_images(tiny_images, options, message):
         (dict(flip_by="turns"), "flip_by='turns': no such name"),
         (dict(split_seed=-1), "split_seed=-1"),
         (dict(subset=2.5), "subset=2.5: must be a whole number"),
-        (dict(val_bs=0), "bs=0: must be at least 1"),
-        (dict(num_workers=4), "num_workers=4: .*; the images are in memory, without workers"),
-        (dict(batch_tfms=[]), r"batch_tfms=\[\]: cifar_block\(images, batch_tfms="),
-        (dict(item_tfms=[]), r"item_tfms=\[\]: cifar_block\(images, batch_tfms="),
+        (dict(val_bs=0), "val_bs=0: must be at least 1"),
+        (dict(num_workers=4), "num_workers=4: the images are in memory"),
+        (dict(batch_tfms=[]), r"batch_tfms=\[\]: `cifar_block\(images, batch_tfms="),
+        (dict(item_tfms=[]), r"item_tfms=\[\]: .*; `size` resizes them"),
     ],
 )
 def test_values_out_of_range_are_refused_before_images_are_loaded(options, message):
