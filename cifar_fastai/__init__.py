@@ -3,6 +3,7 @@
 The names below load on first use, so `import cifar_fastai` costs nothing.
 """
 
+import warnings
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -24,7 +25,9 @@ __all__ = sorted(_MODULES)
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module 'cifar_fastai' has no attribute {name!r}")
-    value = getattr(import_module(f"cifar_fastai.{_MODULES[name]}"), name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # about its own jit, at import
+        value = getattr(import_module(f"cifar_fastai.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -5,9 +5,9 @@ Our `RandomCrop` is `BatchRandomCrop` here; `resnet18`, `resnet34` and `test_dl`
 """
 
 import cifar_fastai
-from cifar_fastai.api import RandomCrop as BatchRandomCrop
 
 _LEFT_OUT = ("RandomCrop", "resnet18", "resnet34", "test_dl", "write_report")
 __all__ = ["BatchRandomCrop", *(name for name in cifar_fastai.__all__ if name not in _LEFT_OUT)]
 
+BatchRandomCrop = cifar_fastai.RandomCrop
 globals().update({name: getattr(cifar_fastai, name) for name in __all__[1:]})

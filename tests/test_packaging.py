@@ -57,6 +57,12 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("line", ["from cifar_fastai.all import *", "from cifar_fastai import cifar_dls"])
+def test_importing_its_names_shows_no_warning_of_torchs(line):
+    code = ["-W", "error::FutureWarning", "-c", line]
+    assert subprocess.run([sys.executable, *code], capture_output=True, text=True).stderr == ""
+
+
 def test_no_star_imports_outside_notebooks():
     for path in [*ROOT.glob("cifar_fastai/**/*.py"), *ROOT.glob("recipes/*.py")]:
         text = path.read_text(encoding="utf-8")
