@@ -40,7 +40,10 @@ class GroupedOptim(OptimWrapper):
         self.wd_bn_bias, groups = wd_bn_bias, L(params)
         groups = groups if isinstance(groups[0], (L, list)) else [groups]
         parts = [[p for p in group if (p.ndim > 1) == is_weight] for group in groups for is_weight in (True, False)]
-        super().__init__(parts, opt, **kwargs)
+        lr = kwargs.get("lr")
+        super().__init__(parts, opt, **kwargs | ({"lr": lr.stop} if isinstance(lr, slice) else {}))
+        if isinstance(lr, slice):  # of a Learner's default rate; torch takes numbers
+            self.set_hyper("lr", lr)
 
     @property
     def param_lists(self):

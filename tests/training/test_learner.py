@@ -105,6 +105,13 @@ def test_the_groups_are_those_of_the_splitter_and_norms_and_biases_do_not_decay(
     assert [group["lr"] for group in groups[2:]] == [7.0, 7.0] and None not in opt.hypers[0].values()
 
 
+def test_a_default_rate_may_be_a_slice(dls, tiny_model):
+    learn = cifar_learner(dls, tiny_model, splitter=body_last, lr=slice(0.001, 0.1))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    assert [hyper["lr"] for hyper in learn.opt.hypers] == pytest.approx([0.001, 0.1]) and learn.settings["lr"] == 0.1
+
+
 def trainable(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
