@@ -111,7 +111,7 @@ class CifarLearner(Learner):
     to_fp16 = partialmethod(set_precision, "fp16")
 
     def no_bar(self):
-        """A context without progress bars."""
+        """A context without progress bars; fastai's own would put another one in their place."""
         return self.removed_cbs(self._grab_cbs(ProgressCallback))
 
 
@@ -167,4 +167,5 @@ def cifar_learner(dls, model="resnet18", *, precision="auto", channels_last=True
     learn = CifarLearner(dls, net, cbs=[*ours, *L(cbs)], **arguments)
     name = model if isinstance(model, str) else type(model).__name__
     learn.settings = getattr(dls, "settings", {}) | values | dict(model=name, precision=precision, sched="none")
+    learn.settings["lr"] = getattr(values["lr"], "stop", values["lr"])  # the highest of a slice
     return learn
