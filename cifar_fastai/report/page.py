@@ -21,7 +21,7 @@ from cifar_fastai.files import atomic_write, read_json
 from cifar_fastai.plots.charts import MANY_CLASSES, MOST_CONFUSED, plot_curves
 from cifar_fastai.plots.style import BLUE, VERMILION
 from cifar_fastai.report.tiles import SHEET, data_uri
-from cifar_fastai.training.recorder import read_history
+from cifar_fastai.training.recorder import history_columns, read_history
 
 LIMIT = 8_000_000  # bytes of a page
 FIGURES_LIMIT = 2_500_000  # bytes of its figures
@@ -53,7 +53,6 @@ def write_report(run_dir, tiles=None, command=None):
     paths = {name: run_dir / name for name in ("history.csv", "summary.txt", "predictions.csv")}
     exists = {name: path.is_file() for name, path in paths.items()}
     history = read_history(paths["history.csv"]) if exists["history.csv"] else []
-    history = [defaultdict(lambda: None, row) for row in history]  # metrics may be others than the accuracy
     summary = paths["summary.txt"].read_text("utf-8", "replace") if exists["summary.txt"] else ""
     classes = tuple(config["classes"] or metrics["class_accuracy"] or ())
     predictions = Predictions.from_csv(paths["predictions.csv"], classes) if exists["predictions.csv"] else None
@@ -78,7 +77,7 @@ def write_report(run_dir, tiles=None, command=None):
         context |= dict(matrix=matrix.tolist(), shades=_shades(matrix).tolist())
     context |= dict(n_pairs=MOST_CONFUSED, n_images=n_images, n_errors=n_errors)
     context |= dict(tiles=tiles, sheet=SHEET, script=script, script_hash=script_hash, eval_split=eval_split)
-    context |= dict(curves=_draw_curves(history, eval_split), of_errors=OF_ERRORS)
+    context |= dict(curves=_draw_curves(history, eval_split), columns=history_columns(history), of_errors=OF_ERRORS)
     context |= dict(figures=_read_figures(run_dir, OF_ERRORS if tiles else () if n_errors else OF_ERRORS[1:]))
     with atomic_write(run_dir / "report.html", "wb") as file:
         file.write(_render(environment.get_template("report.html"), context, tiles))

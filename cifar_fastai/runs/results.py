@@ -79,6 +79,8 @@ def _metrics(run, plain, tta, split):
         best = max(rows, key=lambda row: row["valid_accuracy"])  # the first of equal ones, as `KeepBest`
         metrics |= dict(best_epoch=best["epoch"], best_valid_accuracy=best["valid_accuracy"])
     flip, shift = (predictions.accuracy for predictions in tta) if tta else (None, None)
+    if split == "valid" and metrics["valid_accuracy"] is None:  # it is not among a user's own
+        metrics["valid_accuracy"] = plain.accuracy
     metrics |= dict(test_accuracy=plain.accuracy if split == "test" else None, tta_accuracy=flip)
     metrics |= dict(tta_shift_accuracy=shift, class_accuracy=plain.class_accuracy)
     metrics["images_per_second"] = float(np.median([row["images_per_second"] for row in rows]))

@@ -174,6 +174,10 @@ def test_a_run_with_loaders_a_network_and_metrics_of_ones_own(tiny_folder, tmp_p
         assert [row.get(name, row.get(f"valid_{name}")) for name in columns] == pytest.approx(list(values))
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["valid_error_rate"] == last["valid_error_rate"] and metrics["test_accuracy"] is None
+    assert metrics["valid_accuracy"] == pytest.approx(1 - last["valid_error_rate"])
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<dt>Validation error rate</dt>" in page and '<th scope="col">Train f1 score</th>' in page
+    assert "not evaluated" not in page and "cut from train" not in page
     titles = [ax.get_title() for ax in learn.plot_curves().axes]
     assert titles == ["Loss", "Error rate", "F1 score"]
     labels = [line.get_label() for line in learn.plot_curves().axes[0].lines]
