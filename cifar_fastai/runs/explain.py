@@ -16,7 +16,6 @@ from cifar_fastai.runs.folder import picture_path, read_config
 from cifar_fastai.runs.results import check_layers
 from cifar_fastai.runs.run import load_network, load_run
 from cifar_fastai.settings import check_values
-from cifar_fastai.training.recorder import without_bar
 
 __all__ = ["explain_files", "explain_run"]
 
@@ -51,7 +50,7 @@ def explain_run(
     if images and target == "true":
         raise InputError("the true class of a file is unknown; use predicted or the name of a class", target=target)
     learn = load_network(run, device) if images else load_run(run, device, data)[0]
-    with without_bar(learn):
+    with learn.no_bar():
         layers = check_layers(learn, layer, method, target)
         if images:
             figure = explain_files(learn, images, layers, method, target, alpha)

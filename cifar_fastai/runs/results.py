@@ -25,7 +25,7 @@ from cifar_fastai.report.page import write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
 from cifar_fastai.training.loggers import TensorBoardLog
-from cifar_fastai.training.recorder import HISTORY_COLUMNS, ConsoleProgress, console_bar, in_epochs, without_bar
+from cifar_fastai.training.recorder import HISTORY_COLUMNS, ConsoleProgress, console_bar, in_epochs
 
 __all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
 
@@ -38,7 +38,7 @@ def write_results(run, command_line=None):
     `command_line`: a function of config.json's content that gives the command to repeat the run, for the page.
     """
     learn, s, folder = run.learn, run.settings, run.folder
-    with without_bar(learn):
+    with learn.no_bar():
         split, dl = reported_dl(learn.dls, s.valid_pct, s.no_test)
         views = "" if s.no_tta else f", {len(TTA['shift'])} views of each"
         print(f"\nevaluating {len(dl.dataset):,} {split} images{views}", flush=True)

@@ -27,7 +27,7 @@ from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load
 from cifar_fastai.training.compiling import choose_compile, compile_model
 from cifar_fastai.training.loggers import TensorBoardLog
 from cifar_fastai.training.range_test import check_range, range_test
-from cifar_fastai.training.recorder import ConsoleProgress, in_epochs, without_bar
+from cifar_fastai.training.recorder import ConsoleProgress, in_epochs
 from cifar_fastai.training.schedule import fit_scheduled
 from cifar_fastai.training.signals import StopOnSignal, Stopped, catch_signals
 
@@ -69,7 +69,7 @@ def find_lr(recipe="resnet18", start_lr=1e-5, end_lr=10.0, num_it=100, out=None,
         run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
         n_train = len(run.learn.dls.train_ds)
         print(f"{settings.network} on {run.images.name}: {num_it} steps of {run.bs} of {n_train:,} train images")
-        with without_bar(run.learn), run.learn.added_cbs(ConsoleProgress()):
+        with run.learn.no_bar(), run.learn.added_cbs(ConsoleProgress()):
             test = range_test(run.learn, start_lr, end_lr, num_it)
     save_figure(test.plot(), out)
     for name, lr in test.suggestions.items():
@@ -211,7 +211,7 @@ def _train(run):
     s, learn, checkpoint = run.settings, run.learn, run.checkpoint
     if run.compiled and not (checkpoint and checkpoint["finished_epochs"]):
         _compile(run)
-    with learn.no_logging(), without_bar(learn):
+    with learn.no_logging(), learn.no_bar():
         if run.lr == "find":
             _find_lr(run)
         meta = dict(config=run.config, given=run.overrides, recipe=run.recipe, fingerprint=run.images.fingerprint)

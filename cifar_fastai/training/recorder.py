@@ -227,11 +227,6 @@ class ConsoleProgress(Callback):
             self.bar = None
 
 
-def without_bar(learn):
-    """A context without the learner's progress bar; fastai's own `no_bar` puts another one in its place."""
-    return learn.removed_cbs(learn._grab_cbs(ProgressCallback))
-
-
 class History(FitCallback):
     """The epochs and steps of all fits: `rows`, a dict of numbers by epoch; `lrs` and `moms`, floats by step.
 
@@ -293,7 +288,7 @@ class History(FitCallback):
             self._print(f"{epoch:>3}/{self.n_epoch:<3}", *texts, "{}:{:02}".format(*divmod(round(seconds), 60)))
 
     def __str__(self):
-        return _table(self.rows).to_string(index=False)
+        return _table(self.rows).to_string(index=False) if self.rows else "no epoch yet"
 
     def _repr_html_(self):
         return _table(self.rows).to_html(index=False)

@@ -159,6 +159,7 @@ def test_a_resumed_fit_adds_to_the_restored_history(learn, tmp_path):
 
 
 def test_a_history_and_a_range_test_show_themselves(learn):
+    assert str(learn.history) == "no epoch yet"
     fit(learn, 2)
     header, *rows = str(learn.history).splitlines()
     assert header.split() == list(HISTORY_COLUMNS) and len(rows) == 2 and "<td>2</td>" in learn.history._repr_html_()
