@@ -49,9 +49,9 @@ def write_results(run, command_line=None):
         export(learn, folder / "learner.pkl")
         errors = "" if s.no_explain else f", and explaining {min(len(plain.errors), MAX_TILES):,} errors"
         print(f"drawing{errors}", flush=True)
-        start = time.perf_counter()
-        pictures = _draw(run, plain, dl, split)
+        pictures, start = _draw(run, plain, dl, split), time.perf_counter()
         tiles = None if s.no_explain else error_tiles(learn, dl, plain, s)
+        seconds = time.perf_counter() - start
         for name, figure in console_bar("drawing", pictures.items()):
             save_figure(figure, folder / f"{name}.png")
         metrics = _metrics(run, plain, tta, split)
@@ -61,7 +61,6 @@ def write_results(run, command_line=None):
             file.write(network_table(learn) + "\n")
         write_json(folder / "metrics.json", metrics)
         write_report(folder, tiles, command_line and command_line(run.config))
-        seconds = time.perf_counter() - start
     _print_results(run, metrics, plain, split)
     if tiles is not None:
         print(f"explained {len(tiles.indices):,} of {len(plain.errors):,} errors in {seconds:.0f} s")
