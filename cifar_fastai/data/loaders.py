@@ -4,6 +4,7 @@ import copy
 from contextlib import suppress
 from inspect import signature
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +62,12 @@ class Store:
 
 
 class FromStore(Transform):
-    """Row of the store -> its image, uint8 (H, W, 3), or with `classes` its class; files and images pass unchanged."""
+    """Row of the store -> its image, uint8 (H, W, 3), or with `classes` its class; files and images pass unchanged.
+
+    The class of a file is the name of its folder, as in the folders that `load_images` reads.
+    """
+
+    input_types = int, Path
 
     def __init__(self, store, classes=None):
         super().__init__()
@@ -73,6 +79,9 @@ class FromStore(Transform):
         if self.classes:
             return self.classes[self.store.labels[row]]
         return np.ascontiguousarray(self.store.images[row].transpose(1, 2, 0))
+
+    def encodes(self, file: Path):  # noqa: F811  (a second type)
+        return file.parent.name if self.classes else file
 
 
 class ArrayDL(TfmdDL):

@@ -99,6 +99,12 @@ def test_photos_of_any_size_predict_alike_however_they_come(learn, tmp_path):
             loaded.predict(tmp_path / "none.png")
 
 
+def test_a_labelled_file_has_the_class_of_its_folder(dls, tiny_folder, tiny_images):
+    files = sorted((tiny_folder / "test").glob("*/*"))
+    labels = dls.test_dl(files, with_labels=True).one_batch()[1]
+    assert [tiny_images.classes[k] for k in labels] == [file.parent.name for file in files][: len(labels)]
+
+
 def test_copies_share_the_images_pickles_carry_them_and_exports_leave_them_out(learn, tiny_images):
     expected, labels = learn.validate(), [y.tolist() for _, y in learn.dls.valid]
     copied = copy.deepcopy(learn)
