@@ -80,7 +80,9 @@ class KeepRun(Checkpoint):
         lrs = plain([values[-1] for values in steps["lr"]])
         names = {cb.name for cb in self.learn.cbs} - {"progress", "precision", "scaled_step", self.name}
         samples = {f"{name} by step": values[:: 1 + len(values) // 5] for name, values in steps.items()}
-        return plain(_settings(self.learn, self.n_epoch, lrs) | dict(callbacks=sorted(names)) | samples), lrs
+        loss, metrics = self.learn.loss_func, list(self.learn.metrics.attrgot("name"))
+        parts = dict(callbacks=sorted(names), loss_func=getattr(loss, "__name__", type(loss).__name__), metrics=metrics)
+        return plain(_settings(self.learn, self.n_epoch, lrs) | parts | samples), lrs
 
     def _go_on(self, fit):
         """Restore what the folder holds, if it is of this `fit`, and show its epochs; the content of config.json."""

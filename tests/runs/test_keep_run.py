@@ -14,6 +14,8 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
+from fastai.losses import FocalLossFlat
+from fastai.metrics import error_rate
 from tiny_net import TinyNet
 from tiny_runs import CLOCK, assert_same_state, history, same
 from torch import nn
@@ -257,6 +259,8 @@ def test_another_learner_is_refused(make, stop, tmp_path, tiny_images):
         (dict(bs=12), "bs=12: it is 8 in {}"),
         (dict(opt="adam"), "opt='adam': it is sgd"),
         (dict(precision="bf16"), "precision='bf16': it is fp32 in {}"),
+        (dict(loss_func=FocalLossFlat()), "loss_func='FocalLossFlat': it is CrossEntropyLossFlat in {}"),
+        (dict(metrics=error_rate), r"metrics=\['error_rate'\]: it is \['accuracy'\] in {}"),
     ):
         refused(run, lambda options=options: cycle(make(model=TinyNet(), **options), KeepRun(run)), message)
     refused(run, lambda: cycle(make(model=TinyNet()), MixUp(0.4), KeepRun(run)), "callbacks=.*'mix_up'.*: it is ")
