@@ -19,13 +19,14 @@ def make_folder(recipe, out=None, data=""):
 
     Raises InputError where a run is there already, and among the images of `data`, where it would become a class.
     """
-    if out is None:
-        return _make_default_folder(f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder, data = Path(out), Path(os.path.expanduser(data))
+    folder, data = Path("runs" if out is None else out), Path(os.path.expanduser(data))
     try:
         splits = [path for name in SPLITS for path in (data / name, *data.glob(f"*/{name}"))]
         if any(Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(split)) for split in splits):
-            raise InputError("lies among the images, where it would become a class; choose another folder", out=out)
+            problem = "lies among the images, where it would become a class; choose another folder"
+            raise InputError(problem, out=str(folder))
+        if out is None:
+            return _make_default_folder(f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (folder / "metrics.json").exists():
             raise InputError("holds a finished run; choose another folder", out=out)
         if (folder / "checkpoint.pth").exists():

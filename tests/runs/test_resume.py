@@ -17,6 +17,7 @@ from tiny_runs import assert_same_folders, assert_same_state, history, metrics, 
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import lock_folder, read_json
 from cifar_fastai.runs import run as run_module
+from cifar_fastai.runs.folder import make_folder
 from cifar_fastai.runs.run import MACHINE, load_run
 from cifar_fastai.runs.train import train
 from cifar_fastai.training.checkpoint import load_checkpoint
@@ -204,7 +205,7 @@ def test_another_machine_is_named_and_both_are_kept(tiny, tmp_path, monkeypatch,
     assert read_json(tmp_path / "run" / "config.json") == config, "nothing has changed since"
 
 
-def test_a_run_among_its_images_is_refused(tiny, tiny_folder, tmp_path):
+def test_a_run_among_its_images_is_refused(tiny, tiny_folder, tmp_path, monkeypatch):
     tiny.data = shutil.copytree(tiny_folder, tmp_path / "outer" / "colours")
     (tmp_path / "link").symlink_to(tiny.data / "test")
     before = sorted(tmp_path.rglob("*"))
