@@ -145,7 +145,9 @@ class Archive(Source):
 
     def __init__(self, path):
         super().__init__(path)
-        with reading(self.path, *self.problem):  # a large file of another kind is not hashed
+        with reading(self.path, *self.problem):  # a file that is too large, or of another kind, is not hashed
+            if self.path.stat().st_size > 2 * MAX_TOTAL_BYTES:
+                raise ValueError("too large")
             tarfile.TarInfo.frombuf(self._unpack(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
 
     def key(self):

@@ -166,6 +166,8 @@ def test_limits(tmp_path, monkeypatch):
     assert bomb.stat().st_size < 100_000
     monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 10 * 2**20)
     refused(bomb, "bomb.tgz: .*when unpacked")
+    os.truncate(write_tar(tmp_path / "long.tar", TINY, mode="w"), 30 * 2**20)
+    refused(tmp_path / "long.tar", "long.tar: .*too large")  # without hashing it
     monkeypatch.setattr(sources, "MAX_FILES", 9)
     refused(write_tar(tmp_path / "pets.tgz", TINY), "pets.tgz: .*more than 9 files")
     refused(write_folder(tmp_path / "pets", TINY), "pets: .*more than 9 files")
