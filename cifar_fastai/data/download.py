@@ -7,7 +7,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 from cifar_fastai.data.decode import progress_bar
-from cifar_fastai.errors import InputError, reason
+from cifar_fastai.errors import InputError, printable, reason
 
 # The original host comes last: since June 2026 it sends less than 100 kB/s (pytorch/vision issue 9536).
 MIRRORS = {
@@ -49,7 +49,7 @@ def download(url, folder, progress=True):
             _receive(url, part, start, progress)
             os.replace(part, path)
         except Exception as error:  # of the network, of the server, of the disk
-            failure = str(error) if isinstance(error, HTTPError) else reason(error)
+            failure = printable(error) if isinstance(error, HTTPError) else reason(error)
             if getattr(error, "code", None) == 416 and start:  # the part is longer than the file
                 part.unlink()
             elif not part.exists() or part.stat().st_size <= start:  # nothing came

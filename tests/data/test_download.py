@@ -32,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind == "hangs":
             self.server.stop.wait(20)
         elif kind == "forbidden":
-            self.send_error(403)
+            self.send_error(403, "Forbidden\x1b[2J" if "/escape/" in self.path else None)
         elif kind == "refused":
             self.send_response(302)
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
@@ -94,6 +94,7 @@ def server(tmp_path, monkeypatch):
 FAILURES = {
     "hangs": "no answer within 0.5 s|timed out",
     "forbidden": "HTTP Error 403: Forbidden",
+    "forbidden/escape": r"HTTP Error 403: Forbidden\\x1b\[2J",  # a terminal would obey it
     "refused": "Connection refused",
     "truncates": r"the connection was lost after [\d,]+ of [\d,]+ bytes",
     "stalls": "timed out",
