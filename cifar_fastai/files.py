@@ -15,6 +15,7 @@ from platformdirs import user_cache_dir
 from cifar_fastai.errors import InputError, reason
 
 __all__ = [
+    "TEMPORARY",
     "atomic_write",
     "check_regular",
     "lock_folder",
@@ -24,6 +25,8 @@ __all__ = [
     "user_folder",
     "write_json",
 ]
+
+TEMPORARY = f".{'[0-9a-f]' * 32}.tmp"  # what `atomic_write` writes to, as a pattern
 
 
 @contextmanager
@@ -133,6 +136,6 @@ def private_folder(name):
 
 def remove_leftovers(folder):
     """Remove what `atomic_write` left in `folder` when its process was killed; only for the process that locks it."""
-    for path in Path(folder).glob(".*.tmp"):
+    for path in Path(folder).glob(TEMPORARY):
         with suppress(OSError):
             path.unlink()

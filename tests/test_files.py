@@ -121,7 +121,7 @@ def test_a_private_folder_is_the_users_alone(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
-    for name in (".model.pth.a1.tmp", "model.pth", ".hidden", "notes.tmp"):
+    for name in (f".{'a1' * 16}.tmp", "model.pth", ".hidden", "notes.tmp", ".notes.tmp"):
         (tmp_path / name).write_text(name)
     remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".hidden", "model.pth", "notes.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".hidden", ".notes.tmp", "model.pth", "notes.tmp"]

@@ -9,8 +9,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from cifar_fastai.files import atomic_write, check_regular, private_folder, user_folder
+from cifar_fastai.files import TEMPORARY, atomic_write, check_regular, private_folder, user_folder
 
+DOWNLOADS = "cifar_fastai-downloads"  # a folder of this name alone may be emptied
 _VERSION = 5  # of the file's layout, and of how images are decoded
 _DAY = 24 * 60 * 60  # seconds
 
@@ -39,7 +40,7 @@ def store(folder, key, fields):
     """Store the fields of an ImageSet under `key`, in place of an earlier file. Raises OSError."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".*.tmp"):  # left by a process that was killed while storing; newer ones may be in use
+    for path in folder.glob(TEMPORARY):  # left by a process that was killed while storing; newer ones may be in use
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _DAY:
                 path.unlink()
@@ -61,7 +62,7 @@ def entries(folder):
 def files(folder):
     """[(path, description, bytes)] of everything in the cache, also of other versions, and unfinished downloads."""
     result = []
-    for pattern in ("v*-*.npz", ".*.tmp", "downloads/*"):
+    for pattern in (f"v[0-9]*-{'[0-9a-f]' * 32}.npz", TEMPORARY, f"{DOWNLOADS}/*"):
         for path in sorted(Path(folder).glob(pattern)):
             text = f"download from {unquote(path.name)}" if path.parent != Path(folder) else "unreadable"
             with suppress(Exception), np.load(path, allow_pickle=False) as archive:

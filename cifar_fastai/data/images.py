@@ -208,7 +208,7 @@ def _load_named(data, cache_dir, progress):
     name = NAMED[data]
     if images := _load_cached(name, cache_dir):
         return images
-    copies, folder = _fastai_copies() if data == "cifar10" else [], cache_dir / "downloads"
+    copies, folder = _fastai_copies() if data == "cifar10" else [], cache_dir / cache.DOWNLOADS
     failures = [f"{printable(cache_dir)}: not in the cache"]
     if data == "cifar10" and not copies:
         failures.append("fastai's folder: no copy")

@@ -136,7 +136,7 @@ def test_file_of_another_source_is_not_taken(tmp_path, pets, own_cache, decoding
 
 def test_a_killed_process_leaves_nothing_for_long(pets, own_cache, monkeypatch):
     own_cache.mkdir()
-    old, new = own_cache / ".1.tmp", own_cache / ".2.tmp"
+    old, new = (own_cache / f".{digit * 32}.tmp" for digit in "12")
     for path in (old, new):
         path.touch()
     os.utime(old, (0, 0))
@@ -195,12 +195,17 @@ def test_cache_folder(monkeypatch, platform, environment, expected):
 
 
 def test_the_recipe_lists_and_clears(pets, own_cache, capsys):
-    """All that is ours goes; a stranger's file in the folder stays."""
-    load_images(pets)
+    """All that is ours goes; a stranger's files in the folder stay."""
+    own_cache.mkdir(exist_ok=True)
+    (own_cache / cache.DOWNLOADS).mkdir()
+    (own_cache / cache.DOWNLOADS / "https%3A%2F%2Fhost%2Fa.tgz.part").write_bytes(bytes(3_000_000))
+    (own_cache / f"v3-{'0' * 32}.npz").write_bytes(b"of another version")
     (own_cache / "downloads").mkdir()
-    (own_cache / "downloads" / "https%3A%2F%2Fhost%2Fa.tgz.part").write_bytes(bytes(3_000_000))
-    (own_cache / "v3-old.npz").write_bytes(b"of another version")
-    (own_cache / "notes.txt").write_bytes(b"a stranger's")
+    others = {own_cache / name for name in ("notes.txt", ".notes.tmp", "v8-engine.npz", "downloads/thesis.pdf")}
+    for path in others:  # as where CIFAR_FASTAI_CACHE names the home folder
+        path.write_bytes(b"a stranger's")
+        os.utime(path, (0, 0))
+    load_images(pets)
 
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
@@ -213,7 +218,7 @@ def test_the_recipe_lists_and_clears(pets, own_cache, capsys):
     assert f"cache: {own_cache}" in out and f"pets, 10 images, from {pets}" in out
     assert "3.0 MB  download from https://host/a.tgz.part" in out and "3.0 MB  in all" in out
     assert run("list") == out and "removed" in run("clear")
-    assert [path.name for path in own_cache.rglob("*") if path.is_file()] == ["notes.txt"]
+    assert {path for path in own_cache.rglob("*") if path.is_file()} == others
     assert "0.0 MB  in all" in run()
 
 

@@ -12,6 +12,7 @@ import pytest
 from tiny_data import encoded, random_pixels, tiny_files, write_tar
 
 from cifar_fastai.data import download, images
+from cifar_fastai.data.cache import DOWNLOADS
 from cifar_fastai.data.images import CIFAR10_CLASSES, load_images
 from cifar_fastai.errors import InputError
 
@@ -115,14 +116,14 @@ def test_a_bad_mirror_is_named_and_the_next_one_serves(server, own_cache, kind):
         load_images("cifar10")
     assert time.monotonic() - began < 8
     assert bad in load_images("auto").note
-    wrong = [path.name for path in (own_cache / "downloads").glob("*.wrong")]
+    wrong = [path.name for path in (own_cache / DOWNLOADS).glob("*.wrong")]
     assert len(wrong) == (kind in ("other", "altered")) and not list(own_cache.glob("*.npz"))
     server.mirrors(bad, good)
     loaded = load_images("auto")
     assert (loaded.name, loaded.source, loaded.note) == ("CIFAR-10", good, None)  # which the header shows
     n = len(server.log)
     assert load_images("cifar10").source == good and len(server.log) == n  # from the cache
-    assert not [path for path in (own_cache / "downloads").iterdir() if path.name.endswith("gz")]
+    assert not [path for path in (own_cache / DOWNLOADS).iterdir() if path.name.endswith("gz")]
 
 
 def test_a_transfer_that_drops_goes_on_where_it_stopped(server):
@@ -139,9 +140,9 @@ def test_a_transfer_that_drops_goes_on_where_it_stopped(server):
 def test_the_next_start_continues_a_part(server, own_cache, kind, kept):
     """Also where the part is as long as the file, or longer, or the server ignores ranges."""
     [url] = server.mirrors(kind)
-    (own_cache / "downloads").mkdir(parents=True)
+    (own_cache / DOWNLOADS).mkdir(parents=True)
     content = server.httpd.content + bytes(server.size)
-    part = own_cache / "downloads" / f"{download.quote(url, safe='')}.part"
+    part = own_cache / DOWNLOADS / f"{download.quote(url, safe='')}.part"
     part.write_bytes(content[: int(kept * server.size)])
     assert load_images("cifar10").source == url
     sent = sum(n for *_, n in server.log)
@@ -154,7 +155,7 @@ def test_a_mirror_that_always_drops_is_left_after_some_tries(server, own_cache, 
     server.mirrors("drops")
     with pytest.raises(InputError, match="the connection was lost after 60,000 of"):
         load_images("cifar10")
-    assert [path.stat().st_size for path in (own_cache / "downloads").glob("*.part")] == [60_000]
+    assert [path.stat().st_size for path in (own_cache / DOWNLOADS).glob("*.part")] == [60_000]
 
 
 def test_ones_own_mirror_comes_first(server, monkeypatch, tmp_path):
@@ -172,7 +173,7 @@ def test_ones_own_mirror_comes_first(server, monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
     server.mirrors("good")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match="file/cache/downloads: cannot be written .*; CIFAR_FASTAI_CACHE"):
+    with pytest.raises(InputError, match=f"file/cache/{DOWNLOADS}: cannot be written .*; CIFAR_FASTAI_CACHE"):
         load_images("cifar10", cache_dir=tmp_path / "file" / "cache")
 
 

@@ -213,6 +213,9 @@ def test_a_run_among_its_images_is_refused(tiny, tiny_folder, tmp_path, monkeypa
         for out in tiny.data / "train" / "run", tiny.data / "train", tmp_path / "link" / "a" / "b":
             with pytest.raises(InputError, match="lies among the images, where it would become a class"):
                 tiny.train(out, data=str(data))
+        monkeypatch.chdir(tiny.data / "train")
+        with pytest.raises(InputError, match="runs.*lies among the images"):
+            make_folder("resnet18", None, str(data))
     assert sorted(tmp_path.rglob("*")) == before
     tiny.train(tiny.data / "run", epochs=1)
 
@@ -248,7 +251,7 @@ def test_latest_is_the_newest_interrupted_run(tiny, tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_kill_are_put_right(tiny, stopped):
-    (stopped / ".checkpoint.pth.abc.tmp").write_bytes(b"half of it")
+    (stopped / f".{'abcd' * 8}.tmp").write_bytes(b"half of it")
     with open(stopped / "history.csv", "a") as file:  # killed between the row and the checkpoint
         file.write("2,9,9,9,9,9,9,9\r\n")
     (stopped / "config.json").unlink()
