@@ -145,7 +145,8 @@ def stratified_cut(labels, rows, n, seed):
 
 def _load_path(path, cache_dir, progress, size=None, address=None, name=None):
     """The data set in a folder or archive, from the cache where it has been decoded before; `name`: what it must be."""
-    source, address = open_source(os.path.expanduser(path)), printable(address or path)
+    source = open_source(os.path.expanduser(path))
+    place, address = printable(address or os.path.abspath(source.path)), printable(address or path)
     key = source.key()
     resized_key = hashlib.sha256(f"{key} {size}".encode()).hexdigest()
     fields = cache.load(cache_dir, key) or (cache.load(cache_dir, resized_key) if size else None)
@@ -159,7 +160,7 @@ def _load_path(path, cache_dir, progress, size=None, address=None, name=None):
     note = f"{fields['name']}: {COPIES[fields['name']]}" if fields["name"] in COPIES else None
     try:
         if is_new:
-            cache.store(cache_dir, key, fields | {"source": address})
+            cache.store(cache_dir, key, fields | {"source": place})  # to be found from any folder
     except OSError as error:
         problem = f"decoded images cannot be kept there ({reason(error)}), so each start decodes them again"
         note = f"{printable(cache_dir)}: {problem}; CIFAR_FASTAI_CACHE names another folder"

@@ -220,8 +220,10 @@ def test_fastai_archive_where_the_folder_is_incomplete(network):
     assert load_images("cifar10").name == "CIFAR-10"
 
 
-def test_cifar10_that_was_read_from_a_path_serves_auto(tmp_path, network):
-    images = load_images(write_tar(tmp_path / "copy.tar.gz", COPY))
+def test_cifar10_that_was_read_from_a_path_serves_auto(tmp_path, network, monkeypatch):
+    write_tar(tmp_path / "copy.tar.gz", COPY)
+    monkeypatch.chdir(tmp_path)
+    images = load_images("copy.tar.gz")
     assert load_images("auto").fingerprint == images.fingerprint
     assert load_images("cifar10").source == str(tmp_path / "copy.tar.gz")
 
