@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from cifar_fastai.data.decode import MAX_PIXELS, SIZE, rgb, upright
 from cifar_fastai.errors import InputError, reason
+from cifar_fastai.files import check_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others include EPS, for which it runs Ghostscript
 
@@ -27,8 +28,8 @@ def load_image(file, size=SIZE):
     file = Path(file) if isinstance(file, str) else file
     name, is_path = file if isinstance(file, Path) else type(file).__name__, isinstance(file, Path)
     try:
-        if is_path and not file.is_file():  # a folder, or a pipe, for which Pillow would wait
-            raise ValueError("No such file")
+        if is_path:  # Pillow would wait for a pipe
+            check_regular(file)
         with warnings.catch_warnings(action="ignore"):  # Pillow's, about large pictures and odd EXIF data
             file = io.BytesIO(file) if isinstance(file, bytes) else file
             with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS) as picture:
