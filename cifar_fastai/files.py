@@ -81,13 +81,13 @@ def read_json(path):
 
 
 @contextmanager
-def lock_folder(folder):
+def lock_folder(folder, name=".lock"):
     """Lock `folder` against other processes while the block runs; yields False where another process holds it.
 
     The system releases the lock when the process ends, however it ends. Raises OSError where the folder is missing or
     may not be written to.
     """
-    lock, is_free = FileLock(Path(folder) / ".lock", fallback_to_soft=False), True
+    lock, is_free = FileLock(Path(folder) / name, fallback_to_soft=False), True
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -65,18 +65,23 @@ def _train_trial(recipe, overrides, runs):
     """The folder of the trained trial, named by its settings; None where another process trains it."""
     key = json.dumps([recipe, overrides], sort_keys=True, default=str)
     folder = runs / hashlib.sha256(key.encode()).hexdigest()[:12]
-    if folder.exists():
-        with lock_folder(folder) as is_free:
-            if not is_free:
-                print(f"{folder}: another process is training this trial")
-                return None
-    is_interrupted = (folder / "checkpoint.pth").exists()
-    arguments = dict(resume=folder) if is_interrupted else overrides | dict(out=str(folder))
     try:
-        return train(recipe, finish=lambda run: None, **arguments)  # results take longer than a short training
-    except (Stopped, OSError) as error:
-        error.resume = "the same command"
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot be created ({reason(error)})", runs=str(runs)) from None
+    with lock_folder(folder, ".sweep.lock") as is_first:  # of sweeps; the run itself locks its folder after a while
+        with lock_folder(folder) as is_free:
+            pass
+        if not (is_first and is_free):
+            print(f"{folder}: another process is training this trial")
+            return None
+        is_interrupted = (folder / "checkpoint.pth").exists()
+        arguments = dict(resume=folder) if is_interrupted else overrides | dict(out=str(folder))
+        try:
+            return train(recipe, finish=lambda run: None, **arguments)  # results take longer than a short training
+        except (Stopped, OSError) as error:
+            error.resume = "the same command"
+            raise
 
 
 def _read_rows(out):

@@ -28,7 +28,7 @@ def trials(monkeypatch, tmp_path):
     def train(recipe, finish, out, **overrides):
         calls.append(overrides)
         folder = tmp_path / out
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_history(folder / "history.csv", [EPOCH | {"valid_accuracy": 0.25}, EPOCH | {"valid_accuracy": 0.5}])
         return folder
 
@@ -61,6 +61,19 @@ def test_two_sweeps_write_to_one_file(trials):
     assert sorted(zip(rows["settings"], rows["seed"], strict=True)) == [(k, seed) for k in labels for seed in (1, 2, 3)]
 
 
+def test_a_trial_that_another_sweep_begins_is_left_to_it(trials, monkeypatch, capsys):
+    """Its run has no folder yet while it reads its images."""
+    train, trial = module.train, [("one", {})]
+
+    def begin(*args, **kwargs):
+        assert not trials and sweep(trial, "1", out="out.csv") == []
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", begin)
+    assert len(sweep(trial, "1", out="out.csv")) == len(trials) == 1
+    assert "another process is training this trial" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -85,6 +98,7 @@ def test_lines_that_are_no_settings(tmp_path, text, message):
         ({}, dict(seeds="a"), "seeds='a': must be whole numbers"),
         ({}, dict(out="nowhere/out.csv"), "out='nowhere/out.csv': must be a csv file in a folder that exists"),
         ({}, dict(out="."), "must be a csv file"),
+        ({}, dict(runs="strange.csv"), "runs='strange.csv': cannot be created"),
         ({}, dict(out="strange.csv"), "not the csv file of a sweep; its columns are a, b"),
     ],
 )
