@@ -63,7 +63,8 @@ class Settings:
     )
     preset: str | None = option(None, "Settings of a published solution, in place of the recipe's")
     model: str = option("resnet18", "Network", choices=("resnet18", "resnet34", "custom_resnet"))
-    width: int = option(64, "Channels of the first convolution; at 16 a CPU trains ResNet18 in minutes", ge=1, le=512)
+    # on a CPU torch 2.14 crashes in convolutions of fewer than 16 channels with an odd batch size
+    width: int = option(64, "Channels of the first convolution; at 16 a CPU trains ResNet18 in minutes", ge=16, le=512)
     epochs: int = option(20, "Passes over the train images", ge=1, le=10_000)
     bs: int = option(128, "Batch size; a default is lowered so that a small set gives 20 steps", ge=1, le=65_536)
     lr: float | str = option(

@@ -48,7 +48,7 @@ BAD = """
 --lr find --lr-suggest vally                    | --lr-suggest vally: no such name; did you mean valley?
 --lr 0.1 --lr-suggest slide                     | --lr-suggest slide: goes with --lr find, not 0.1
 --model resnet19                                | --model resnet19: no such name; did you mean resnet18
---width 0                                       | --width 0: must be at least 1
+--width 15                                      | --width 15: must be at least 16
 --preset Gilf641                                | --preset Gilf641: no such name; did you mean gilf641?
 --preset=                                       | --preset '': no such name; choose from zoo94, kuangliu, sujitojha1
 --opt adamm                                     | --opt adamm: no such name; did you mean adam

@@ -59,9 +59,9 @@ def test_zero_paths_and_numpys_numbers_are_taken(tiny, tiny_folder, tmp_path):
 
 
 def test_a_narrow_network_is_named_and_loaded(tiny, tmp_path):
-    """At 2 channels instead of 64."""
-    run = tiny.train(tmp_path / "run", epochs=1, model="resnet34", width=2)
-    assert metrics(run.folder)["model"] == "resnet34, width 2" and metrics(run.folder)["parameters"] < 30_000
+    """With 16 channels in its first convolution instead of 64."""
+    run = tiny.train(tmp_path / "run", epochs=1, model="resnet34", width=16)
+    assert metrics(run.folder)["model"] == "resnet34, width 16" and metrics(run.folder)["parameters"] < 1_400_000
     for learn in load_run(run.folder, device="cpu")[0], load_network(run.folder, device="cpu"):
         assert same(dict(learn.model.state_dict()), dict(run.learn.model.state_dict()))
 

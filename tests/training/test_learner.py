@@ -135,7 +135,7 @@ def test_defaults_are_those_of_the_networks_recipe(dls, tiny_model):
     shown = {name: p.default for name, p in signature(cifar_learner).parameters.items() if name in OPTIONS}
     names = {*shown} - {"precision", "model"}
     for name in ("resnet18", "resnet34", "custom_resnet"):
-        learn, recipe = cifar_learner(dls, name, width=2), RECIPES[name].to_dict()
+        learn, recipe = cifar_learner(dls, name, width=16), RECIPES[name].to_dict()
         for key in names - {"lr", "width"}:
             assert learn.settings[key] == recipe[key], (name, key)
         assert learn.lr == (1e-3 if name == "custom_resnet" else recipe["lr"]) and learn.loss_func.activation
@@ -146,7 +146,7 @@ def test_defaults_are_those_of_the_networks_recipe(dls, tiny_model):
     assert {key: shown[key] for key in names} == {key: RECIPES["resnet18"].to_dict()[key] for key in names}
     own = cifar_learner(dls, tiny_model)
     assert {key: own.settings[key] for key in names} == {key: Settings().to_dict()[key] for key in names}
-    assert [cifar_learner(dls, "resnet18", width=2, opt=opt).lr for opt in ("sgd", "adamw")] == [0.1, 1e-3]
+    assert [cifar_learner(dls, "resnet18", width=16, opt=opt).lr for opt in ("sgd", "adamw")] == [0.1, 1e-3]
 
 
 @pytest.mark.parametrize("monitor", ["accuracy", "valid_accuracy", "valid_loss", "train_accuracy"])
