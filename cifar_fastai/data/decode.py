@@ -56,14 +56,14 @@ def resize(images, size, progress=False):
     """`images` uint8 (N, 3, H, W) as (N, 3, size, size): the shorter side becomes `size`, then the centre is cut."""
     resized = np.empty((len(images), 3, size, size), np.uint8)
     for i in progress_bar(range(len(images)), f"resizing to {size} x {size}", progress):
-        resized[i] = _fit(Image.fromarray(images[i].transpose(1, 2, 0)), size)
+        resized[i] = fit(Image.fromarray(images[i].transpose(1, 2, 0)), size).transpose(2, 0, 1)
     return resized
 
 
-def _fit(image, size):
-    """The pixels (3, size, size) of an RGB image."""
+def fit(image, size):
+    """The pixels (size, size, 3) of an RGB image: its shorter side becomes `size`, and its centre is kept."""
     image = image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(image)
 
 
 def upright(image):
@@ -100,7 +100,7 @@ def _decode_images(source, progress, size):
                 size,
             )
         is_resized |= image.size != (SIZE, SIZE)
-        images[i], has_jpeg = _fit(image, side), has_jpeg | is_jpeg
+        images[i], has_jpeg = fit(image, side).transpose(2, 0, 1), has_jpeg | is_jpeg
     labels = np.array([classes.index(name[1]) for name in names], dtype=np.int64)  # CIFAR-10's order is alphabetical
     return Decoded(images, labels, classes, n_train, has_jpeg, is_resized)
 

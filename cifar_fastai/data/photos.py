@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from fastai.vision.core import PILImage
 from fasttransform import Transform
-from PIL import Image, ImageOps
+from PIL import Image
 
-from cifar_fastai.data.decode import MAX_PIXELS, SIZE, rgb, upright
+from cifar_fastai.data.decode import MAX_PIXELS, SIZE, fit, rgb, upright
 from cifar_fastai.errors import InputError, reason
 from cifar_fastai.files import check_regular
 
@@ -44,8 +44,7 @@ def load_image(file, size=SIZE):
     if (width, height) != (size, size):
         how = "resized" if width == height else "cropped to its central square and resized"
         notes.append(f"{width} x {height}, {how} to {size} x {size}")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image), ", ".join(notes) or None
+    return fit(image, size), ", ".join(notes) or None
 
 
 class FitImage(Transform):

@@ -62,7 +62,7 @@ def compile_model(model, batch, autocast=None, winograd=True):
 def _use_private_caches():
     """Keep compiled code where nobody else can plant any, unless the user has set a place.
 
-    torch's own default is /tmp/torchinductor_<user>, which another user of the machine can make first.
+    torch's own default is in the common temporary folder, where another user of the machine can make it first.
     """
     from torch._inductor import codecache  # slow; its import puts torch's default into the environment
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
