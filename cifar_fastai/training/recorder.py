@@ -205,11 +205,12 @@ class ConsoleProgress(Callback):
 
     def before_train(self):
         finder, train = getattr(self.learn, "lr_finder", None), self.dls.train
+        title = "range test" if finder else f"{self.epoch + 1:>3}/{self.n_epoch:<3}"
         if self.bar is None:
             epoch = 3 * len(train) * train.bs + len(self.dls.valid.dataset)
             total = 3 * finder.num_it * train.bs if finder else (self.n_epoch - self.epoch) * epoch
-            self.bar = console_bar("", total=total)  # a range test ends within an epoch
-        self.bar.set_description_str("range test" if finder else f"{self.epoch + 1:>3}/{self.n_epoch:<3}", False)
+            self.bar = console_bar(title, total=total)  # a range test ends within an epoch
+        self.bar.set_description_str(title, False)
 
     def before_validate(self):
         if self.bar is None:
