@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sys
 import threading
 import time
 from pathlib import Path
@@ -47,7 +48,20 @@ def last_line(process):
 
 
 def how_to_go_on(out):
-    return f"go on with: {cli._interpreter()} {RECIPE} --resume {out}"
+    python = Path(sys.executable)  # by name where the shell finds it; it is not below the folder of the run
+    return f"go on with: {python.name if shutil.which(python.name) == str(python) else python} {RECIPE} --resume {out}"
+
+
+def test_python_is_named_as_the_shell_here_finds_it(tmp_path, monkeypatch):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert cli._interpreter() == str(python)
+    monkeypatch.chdir(tmp_path)
+    assert cli._interpreter() == os.path.join(".venv", "bin", "python")
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert cli._interpreter() == "python"
 
 
 def last_epoch(out):
