@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sys
 import threading
 import time
 from pathlib import Path
