@@ -23,8 +23,8 @@ def main(
 
     for run in runs or ():
         print(f"kept: {keep_result(run, HERE / 'results').name}")
-    for page, best_only in ("README.md", True), ("docs/evidence.md", False):
-        changed = update_table(HERE.parent / page, HERE / "results", command_line, check, best_only)
+    for page, summary in ("README.md", True), ("docs/evidence.md", False):
+        changed = update_table(HERE.parent / page, HERE / "results", command_line, check, summary)
         if changed and check:
             raise RunError(f"{page}: its table is not the one that recipes/results gives; run recipes/results.py")
 

@@ -22,14 +22,14 @@ KEPT = ROOT / "recipes" / "results" / "digits-seed1"
 RESULTS = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/metrics.json"))
 
 results_table = partial(table.results_table, command_line=command_line)
-update_table = partial(table.update_table, command_line=command_line, best_only=True)
+update_table = partial(table.update_table, command_line=command_line, summary=True)
 every_kept_run = pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 
 
-@pytest.mark.parametrize("page, best_only", [("README.md", True), ("docs/evidence.md", False)])
-def test_the_pages_show_what_the_kept_runs_give(page, best_only):
+@pytest.mark.parametrize("page, summary", [("README.md", True), ("docs/evidence.md", False)])
+def test_the_pages_show_what_the_kept_runs_give(page, summary):
     assert RESULTS and all((run / "curves.png").exists() for run in RESULTS)
-    assert not update_table(ROOT / page, ROOT / "recipes" / "results", check=True, best_only=best_only)
+    assert not update_table(ROOT / page, ROOT / "recipes" / "results", check=True, summary=summary)
 
 
 @every_kept_run
@@ -105,10 +105,18 @@ def test_the_most_accurate_stands_first_in_its_data_set():
         run.metrics["tta_accuracy"] = None
     runs[3].metrics["dataset"] = "digits"
     assert accuracies(results_table(runs)) == ["90.00%", "70.00%", "-", "99.00%"]
-    assert accuracies(results_table(runs, best_only=True)) == ["90.00%", "99.00%"]
-    runs[1].metrics["dataset"] = "CIFAR-10 (JPEG copy)"
-    assert accuracies(results_table(runs, best_only=True)) == ["70.00%", "99.00%"], "not beside CIFAR-10 itself"
-    assert accuracies(results_table(runs[1:2], best_only=True)) == ["90.00%"]
+
+
+def test_the_summary_has_the_rows_closest_to_todays_recipe_and_not_the_most_accurate():
+    default, tuned, digits = result(1, 0.9), result(2, 0.95, label_smoothing=0.2), result(3, 0.99)
+    digits.metrics["dataset"] = "digits"
+    assert accuracies(results_table([tuned, default, digits], summary=True)) == ["90.00%", "99.00%"]
+    default.metrics["dataset"] = "CIFAR-10 (JPEG copy)"
+    shown = accuracies(results_table([tuned, default, digits], summary=True))
+    assert shown == ["95.00%", "99.00%"], "a copy is not shown beside CIFAR-10 itself"
+    assert accuracies(results_table([default], summary=True)) == ["90.00%"]
+    header = results_table([default], summary=True).splitlines()[0]
+    assert "command" in header and "commit" not in header
 
 
 def test_a_kept_run_names_no_place_on_a_disk(tmp_path):
