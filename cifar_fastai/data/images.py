@@ -26,7 +26,7 @@ CIFAR10_SPLITS = (50_000, 10_000)  # train, test
 CIFAR10, CIFAR10_JPEG, CIFAR10_OTHER = "CIFAR-10", "CIFAR-10 (JPEG copy)", "CIFAR-10 (other pixels)"
 CIFAR100, CIFAR100_COARSE, DIGITS = "CIFAR-100", "CIFAR-100 (coarse)", "digits"
 COPIES = {  # what such images mean for comparisons
-    CIFAR10_JPEG: "their JPEG compression costs some points of accuracy: compare results with others on this copy only",
+    CIFAR10_JPEG: "JPEG compression has changed their pixels: compare results with others on this copy only",
     CIFAR10_OTHER: "not CIFAR-10's own pixels: results cannot be compared with published ones",
 }
 RESERVED = (CIFAR10, *COPIES, CIFAR100, CIFAR100_COARSE, DIGITS)  # no folder gives its data set such a name
