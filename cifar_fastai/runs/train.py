@@ -270,7 +270,7 @@ def _find_lr(run):
     save_figure(test.plot(), run.folder / "lr_find.png")
     rule = run.settings.lr_suggest
     if test.suggestions[rule] is None:
-        raise RunError(f"the range test gives no {rule}; try `lr_suggest` valley, or set `lr`")
+        raise RunError(f"the range test gives no {rule}; try another `lr_suggest`, or set `lr`")
     run.lr, run.suggestions = test.suggestions[rule], test.suggestions
     run.write_config()
     print(f"lr {run.lr:.3g}: the {rule} of the range test", flush=True)

@@ -144,5 +144,5 @@ def test_find_lr_draws_and_prints(tiny, tiny_folder, tmp_path, capsys):
 def test_a_range_test_without_an_answer_says_what_to_try(tiny, tmp_path, monkeypatch):
     nothing = RangeTest([0.1, 0.2], [1.0, 1.0], dict.fromkeys(("valley", "slide", "steep", "minimum")))
     monkeypatch.setattr(module, "range_test", lambda *args: nothing)
-    with pytest.raises(RunError, match="the range test gives no slide; try `lr_suggest` valley, or set `lr`"):
+    with pytest.raises(RunError, match="the range test gives no slide; try another `lr_suggest`, or set `lr`"):
         tiny.train(tmp_path / "run", lr="find", lr_suggest="slide")
