@@ -364,7 +364,7 @@ def kill_at_random_moments(recipes, args, out, seconds, seed, **options):
     """Kill a run five times, each at most `seconds` after the first checkpoint or the last start; it ends at last."""
     moments = random.Random(seed)
     process = recipes.start(args, out.parent, **options)
-    wait_for((out / "checkpoint.pth").exists, 600)
+    wait_for(lambda: (out / "checkpoint.pth").exists() or process.code is not None, 600)
     for _ in range(5):
         time.sleep(moments.uniform(0, seconds))
         process.send("KILL")
