@@ -89,13 +89,13 @@ def range_test(learn, start_lr=1e-5, end_lr=10.0, num_it=100):
 def suggest(lrs, losses, num_it):
     """{rule: learning rate}, None where a rule finds none, or one after the loss has exploded.
 
-    A loss has exploded that comes after the lowest and is a tenth above the highest before it. The first losses, which
+    A loss has exploded that comes after the lowest and is half above the highest before it. The first losses, which
     the rules leave out as well, cannot be the lowest: they are those of single batches.
     """
     n, suggestions = len(lrs), dict.fromkeys(choices("lr_suggest"))
     first = min(num_it // 10, n // 4)  # as in fastai's lr_find, and so is the last
     lowest = min(range(first, n), key=losses.__getitem__)
-    limit = next((lrs[k] for k in range(lowest, n) if losses[k] > 1.1 * max(losses[: lowest + 1])), math.inf)
+    limit = next((lrs[k] for k in range(lowest, n) if losses[k] > 1.5 * max(losses[: lowest + 1])), math.inf)
     used = slice(first, n - (5 if n > 20 else 0))
     for name in suggestions:
         rule = getattr(SuggestionMethod, name.capitalize())
