@@ -13,70 +13,75 @@ import shutil
 import signal
 import sys
 import warnings
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from fastcore.script import anno_parser
 
-from cifar_fastai.errors import InputError, RunError, escaped, printable, reason
+from cifar_fastai.errors import InputError, RunError, check_choice, escaped, printable, reason
 from cifar_fastai.recipes import PRESETS, RECIPES
 from cifar_fastai.settings import OPTIONS
 
-
-def train_command(recipe, description):
-    """The command of a recipe's page: train `recipe` with the flags of the command line, and exit with a status."""
-    parser = _recipe_parser(recipe, description)
-    parser.add_argument("--resume", metavar="DIR", help='Go on with an interrupted run: its folder, or "latest"')
-
-    def run(**arguments):
-        from cifar_fastai.runs.results import write_results  # these load torch, which --help does not need
-        from cifar_fastai.runs.train import train
-
-        train(recipe, finish=partial(write_results, command_line=command_line), **arguments)
-
-    _parse_and_run(parser, run)
+SCRIPT = "cifar-fastai"  # the console script
+POSITIONAL = "command", "recipe"  # its words without a flag
 
 
-def find_lr_command(recipe, description):
-    """The command of a range test alone, with the settings of `recipe`."""
-    parser = _recipe_parser(recipe, description, lr="find")
-    parser.add_argument("--start-lr", type=float, default=1e-5, help="Lowest learning rate (default: %(default)s)")
-    parser.add_argument("--end-lr", type=float, default=10.0, help="Highest learning rate (default: %(default)s)")
-    parser.add_argument("--num-it", type=int, default=100, help="Steps (default: %(default)s)")
+def start(command, recipe=None, description=None, **defaults):
+    """Call `command`, a function with annotated arguments, with those of the command line; exit with a status.
 
-    def run(**arguments):
-        from cifar_fastai.runs.train import find_lr
-
-        find_lr(recipe, **arguments)
-
-    _parse_and_run(parser, run)
-
-
-def command(main):
-    """Decorate a `main` with annotated arguments: called without any, it reads the command line and exits.
-
-    A call with arguments, from Python, is a plain call.
+    With `recipe`, the name of one, it also takes the flags of a recipe, and gets the name and what was set. `--help`
+    shows `description` in place of the docstring, and the recipe's values or `defaults`.
     """
-
-    @wraps(main)
-    def run(*args, **kwargs):
-        if args or kwargs:
-            return main(*args, **kwargs)
-        parser = anno_parser(main)
-        for action in parser._actions:
-            action.help = (action.help or "").replace(" (default: False)", "") or None
-        _parse_and_run(parser, main)
-
-    return run
-
-
-def _recipe_parser(recipe, description, **defaults):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description, formatter_class=formatter)
-    _add_settings(parser, RECIPES[recipe].to_dict() | defaults)
+    words, arguments = _split_command_line()
+    parser = anno_parser(command, " ".join([SCRIPT, *words[1:]]) if _is_script() else None)
+    for action in parser._actions:
+        action.help = (action.help or "").replace(" (default: False)", "") or None
+    if recipe:
+        parser.usage, parser.formatter_class = "%(prog)s [options]", argparse.RawDescriptionHelpFormatter
+        _add_settings(parser, RECIPES[recipe].to_dict() | defaults)
+        parser.set_defaults(recipe=recipe)
+    parser.description = description or parser.description
     parser.add_argument("--debug", action="store_true", help="Show tracebacks")
-    return parser
+    values = vars(parser.parse_args(arguments))
+    debug, *_ = [values.pop(name) for name in ("debug", "pdb", "xtra")]  # fastcore adds the last two
+    sys.exit(_run(partial(command, **values), debug))
+
+
+def start_script(commands):
+    """The console script, `cifar-fastai COMMAND ...`, for `commands`, {name: function}; alone it lists them."""
+    name, word = [*sys.argv[1:3], "", ""][:2]
+    if name in ("", "-h", "--help"):
+        print(f"usage: {SCRIPT} COMMAND [options]\n")
+        for name, command in commands.items():
+            print(f"  {name:<{max(map(len, commands))}}  {command.__doc__}")
+        print(f"\n`{SCRIPT} COMMAND --help` lists the options of a command.")
+    else:
+        sys.exit(_run(partial(_start_command, commands, name, word), False))
+
+
+def _start_command(commands, name, word):
+    command = commands[check_choice(tuple(commands), command=name)]
+    if name == "find-lr":
+        start(command, "resnet18", lr="find")
+    if name != "train":
+        start(command)
+    if word in ("-h", "--help"):
+        sys.argv.insert(2, "RECIPE")
+        start(command, "resnet18")
+    start(command, check_choice([recipe for recipe in RECIPES if recipe not in PRESETS], recipe=word))
+
+
+def _is_script():
+    return Path(sys.argv[0]).stem == SCRIPT
+
+
+def _split_command_line():
+    """(the words that start this command again, its arguments): `python recipes/x.py`, or the script and a command."""
+    if not _is_script():
+        return [_as_called(sys.executable or "python"), sys.argv[0]], sys.argv[1:]
+    n = 3 if sys.argv[1:2] == ["train"] else 2  # the name of its recipe belongs to it
+    return [_as_called(sys.argv[0]), *sys.argv[1:n]], sys.argv[n:]
 
 
 def _add_settings(parser, defaults):
@@ -137,7 +142,7 @@ def command_line(config, without=()):
     """
     if not config.get("recipe"):
         return None
-    words = ["python", f"recipes/{config['recipe']}.py"]
+    words = [SCRIPT, "train", config["recipe"]] if _is_script() else ["python", f"recipes/{config['recipe']}.py"]
     for name, value in config["given"].items():
         if name in ("out", *without) or value is None or value is False:
             continue
@@ -153,13 +158,6 @@ def command_line(config, without=()):
 def flag(name):
     """The flag of an argument: valid_pct -> --valid-pct."""
     return "--" + name.replace("_", "-")
-
-
-def _parse_and_run(parser, run):
-    """Call `run` with the arguments of the command line, and exit."""
-    arguments = vars(parser.parse_args())
-    debug, *_ = [arguments.pop(name, False) for name in ("debug", "pdb", "xtra")]  # fastcore adds the last two
-    sys.exit(_run(partial(run, **arguments), debug))
 
 
 def _run(run, debug):
@@ -202,7 +200,7 @@ def _open_streams():
 def _describe(error):
     """An error in one line, with flags in place of arguments: "valid_pct=2: ..." becomes "--valid-pct 2: ..."."""
     if isinstance(error, RunError):
-        values = [flag(name) + _as_word(value) for name, value in error.arguments.items()]
+        values = [_as_words(name, value) for name, value in error.arguments.items()]
         text = re.sub(r"`([a-z]\w*)`", lambda match: flag(match[1]), error.text)
         return f"{', '.join(values)}: {text}" if values else text
     if isinstance(error, OSError) and error.strerror:
@@ -213,24 +211,25 @@ def _describe(error):
     return f"{type(error).__name__}: {first} (the traceback: --debug)"
 
 
-def _as_word(value):
-    """A value behind its flag: nothing for a switch; in quotes where it is empty or would not print on one line."""
+def _as_words(name, value):
+    """An argument on the command line: no value for a switch; in quotes one that would not print on one line."""
     text = "" if value is True else str(value)
     text = text if len(text) <= 300 else printable(text)
-    return "" if value is True else f" {text if text.strip() and text.isprintable() else printable(repr(value))}"
+    text = text if value is True or text.strip() and text.isprintable() else printable(repr(value))
+    return text if name in POSITIONAL else f"{flag(name)} {text}".strip()
 
 
 def _resume_hint(error):
     """How to go on after an error that carries `resume`: the folder of its run, or words."""
     resume = getattr(error, "resume", None)
-    words = [_interpreter(), sys.argv[0], flag("resume"), str(resume)]
+    words = [*_split_command_line()[0], flag("resume"), str(resume)]
     command = shlex.join(words) if isinstance(resume, Path) else resume
     return f"; go on with: {command}" if resume else ""
 
 
-def _interpreter():
-    """The running Python as a user here would call it: by name where the shell finds it, else by a relative path."""
-    path = Path(sys.executable or "python")
+def _as_called(program):
+    """A program's path as a user here would call it: by name where the shell finds it, else relative to here."""
+    path = Path(program)
     if shutil.which(path.name) == str(path):
         return path.name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -11,12 +11,11 @@ as a fraction of the median.
 import sys
 from pathlib import Path
 
-from cifar_fastai.cli import command
+from cifar_fastai.cli import start
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not part of the package
 
 
-@command
 def main(
     data: str = "auto",  # auto, cifar10, digits, or a folder or archive of images
     device: str = "auto",  # auto, cpu, cuda, cuda:N or mps
@@ -28,7 +27,6 @@ def main(
     repeats: int = None,  # Rounds (default: 5)
     json: str = None,  # Write all numbers into this file
     quick: bool = False,  # Only try it out: a few small steps of a few images
-    debug: bool = False,  # Show tracebacks
 ):
     "Measure epoch, input pipeline, cost per step and start, ours and others', and print one table."
     from benchmarks.run import run_benchmark  # loads torch, which --help does not need
@@ -37,4 +35,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

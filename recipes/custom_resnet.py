@@ -6,7 +6,7 @@ Measured with --epochs 3 on CIFAR-10 (JPEG copy), one seed: 76.17 %, with flip T
 threads of an AMD EPYC in fp32, and 23 for the range test before it. Its 24 epochs are not measured yet.
 """
 
-from cifar_fastai.cli import train_command
+from cifar_fastai.commands import start, train
 
 if __name__ == "__main__":
-    train_command("custom_resnet", __doc__)
+    start(train, "custom_resnet", __doc__)

@@ -3,7 +3,7 @@
 python recipes/find_lr.py --out lr_find.png
 """
 
-from cifar_fastai.cli import find_lr_command
+from cifar_fastai.commands import find_lr, start
 
 if __name__ == "__main__":
-    find_lr_command("resnet18", __doc__)
+    start(find_lr, "resnet18", __doc__, lr="find")

@@ -9,7 +9,7 @@ minutes. The optimizer was selected by 3 epochs of 15,000 train images and 5,000
 longer run, is a little below the best of these and was not tried there.
 """
 
-from cifar_fastai.cli import train_command
+from cifar_fastai.commands import start, train
 
 if __name__ == "__main__":
-    train_command("resnet18", __doc__)
+    start(train, "resnet18", __doc__)

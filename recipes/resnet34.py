@@ -6,7 +6,7 @@ Its settings are ResNet18's. Its accuracy and time are not measured yet; an imag
 multiplications.
 """
 
-from cifar_fastai.cli import train_command
+from cifar_fastai.commands import start, train
 
 if __name__ == "__main__":
-    train_command("resnet34", __doc__)
+    start(train, "resnet34", __doc__)

@@ -6,17 +6,15 @@ Usage: python recipes/results.py runs/resnet18-20260101-120000
 from pathlib import Path
 from typing import Annotated
 
-from cifar_fastai.cli import command, command_line
+from cifar_fastai.cli import command_line, start
 from cifar_fastai.errors import RunError
 
 HERE = Path(__file__).resolve().parent
 
 
-@command
 def main(
     runs: Annotated[str, {"opt": False, "nargs": "*", "metavar": "RUN"}] = None,  # Folders of finished runs to keep
     check: bool = False,  # Write nothing; fail where a table differs from the results
-    debug: bool = False,  # Show tracebacks
 ):
     "Keep the numbers of runs under recipes/results and bring the tables of results up to date."
     from cifar_fastai.runs.table import keep_result, update_table  # loads torch, which --help does not need
@@ -30,4 +28,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -106,8 +106,7 @@ def _try_command(answer, folder, data, lists, out, place):
     arguments += [word for flag in lists for word in flag] + ([] if out is None else [f"--out={out}"])
 
     def command():
-        values = vars(cli._recipe_parser("resnet18", "").parse_args(arguments))
-        train("resnet18", finish=lambda run: None, **{name: values[name] for name in values if name != "debug"})
+        train("resnet18", finish=lambda run: None, **cli.parse_settings(arguments))
 
     SEEN["command line"].add(status := answer(command))
     if status == 2:

@@ -114,9 +114,9 @@ class Predictions:
     def to_csv(self, path):
         """Write one row per image: index, target and predicted (class names), confidence, loss. Atomic.
 
-        A name that a spreadsheet would compute, such as =1+1, gets an apostrophe in front.
+        Names are written by `as_cell`.
         """
-        names = ([re.sub(r"^(?='*[=+\-@])", "'", name) for name in column] for column in self.names_at(slice(None)))
+        names = (map(as_cell, column) for column in self.names_at(slice(None)))
         # numpy writes a float32 as the shortest text that reads back as the same float32
         values = self.indices, *names, self.confidence.astype(str), self.losses.astype(str)
         with atomic_write(path) as file:
@@ -144,6 +144,11 @@ class Predictions:
         index, target, predicted, confidence, loss = (table[name].to_numpy() for name in COLUMNS)
         target, predicted = (pd.Index(classes).get_indexer(names) for names in (target, predicted))
         return cls(None, target, loss, index, classes, predicted, confidence)
+
+
+def as_cell(text):
+    """`text` for a table, with an apostrophe in front if a spreadsheet would compute it, such as =1+1."""
+    return re.sub(r"^(?='*[=+\-@])", "'", text)
 
 
 class _Views(Callback):

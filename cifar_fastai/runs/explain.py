@@ -3,21 +3,23 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import listify
 
 from cifar_fastai.data.loaders import reported_dl
 from cifar_fastai.errors import InputError, printable, renamed
 from cifar_fastai.evaluation.gradcam import gradcam
 from cifar_fastai.evaluation.image_files import class_probs, image_batch, predict_files
-from cifar_fastai.evaluation.predictions import Predictions, images_at
+from cifar_fastai.evaluation.predictions import Predictions, as_cell, images_at
+from cifar_fastai.files import atomic_write
 from cifar_fastai.plots.galleries import plot_gradcam
 from cifar_fastai.plots.style import save_figure
-from cifar_fastai.runs.folder import picture_path, read_config
+from cifar_fastai.runs.folder import describe_run, latest_finished, picture_path, read_config
 from cifar_fastai.runs.results import check_layers
 from cifar_fastai.runs.run import load_network, load_run
 from cifar_fastai.settings import check_values
 
-__all__ = ["explain_files", "explain_run"]
+__all__ = ["explain_files", "explain_run", "predict_run"]
 
 MAX_IMAGES = 100  # of one picture
 
@@ -63,16 +65,34 @@ def explain_run(
     return out
 
 
+def predict_run(files, run=None, csv=None, device="auto"):
+    """Print the three most probable classes of image files of any size; the `ImagePrediction`s.
+
+    `run`: the folder of a finished run, by default the newest under runs/; `csv`: a file for the table, a row for each
+    image. Raises InputError for a folder without a run, and for files that cannot be used.
+    """
+    run = latest_finished() if run is None else run
+    print(describe_run(run))
+    learn = load_network(run, device)
+    with learn.no_bar():
+        predictions = _predict_and_print(learn, files)
+    if csv:
+        rows = []
+        for prediction in predictions:
+            top3 = {f"class_{k}": as_cell(name) for k, (name, _) in enumerate(prediction.top3, 1)}
+            top3 |= {f"probability_{k}": score for k, (_, score) in enumerate(prediction.top3, 1)}
+            rows.append({"file": as_cell(str(prediction.file))} | top3)
+        with atomic_write(csv) as file:
+            pd.DataFrame(rows).to_csv(file, index=False, lineterminator="\n")
+    return predictions
+
+
 def explain_files(learn, files, layer=None, method="GradCAM", target="predicted", alpha=0.5):
     """A Figure of heatmaps for image files; prints a table of their three most probable classes.
 
     `layer`, `method`: as for `learn.plot_gradcam`; `target`: "predicted", a class id or the name of a class.
     """
-    predictions = predict_files(learn, files)
-    names = [printable(item.file) for item in predictions]
-    for name, item in zip(names, predictions, strict=True):
-        note = f"  ({item.note})" if item.note else ""
-        print(f"{name:<{max(map(len, names))}}  {_top3(item.probs, item.classes)}{note}")
+    predictions = _predict_and_print(learn, files)
     images = np.stack([item.image for item in predictions])
     predicted, confidence = zip(*(item.top3[0] for item in predictions), strict=True)
     targets = [int(item.probs.argmax()) for item in predictions] if target == "predicted" else target
@@ -80,6 +100,15 @@ def explain_files(learn, files, layer=None, method="GradCAM", target="predicted"
     heatmaps = [gradcam(learn, x, targets, name, method) for name in listify(layer) or [None]]
     words = dict(classes=predictions[0].classes, names=[printable(item.file.name) for item in predictions])
     return plot_gradcam(images, heatmaps, [None] * len(images), predicted, confidence, alpha, **words)
+
+
+def _predict_and_print(learn, files):
+    predictions = predict_files(learn, files)
+    names = [printable(item.file) for item in predictions]
+    for name, item in zip(names, predictions, strict=True):
+        note = f"  ({item.note})" if item.note else ""
+        print(f"{name:<{max(map(len, names))}}  {_top3(item.probs, item.classes)}{note}")
+    return predictions
 
 
 def _explain_errors(learn, split, dl, predictions, n, layers, method, target, alpha):

@@ -11,7 +11,7 @@ from cifar_fastai.errors import InputError, printable, reason
 from cifar_fastai.files import read_json
 from cifar_fastai.training.recorder import in_epochs
 
-__all__ = ["describe_run", "is_run", "make_folder", "picture_path", "read_config"]
+__all__ = ["describe_run", "is_run", "latest_finished", "make_folder", "picture_path", "read_config"]
 
 
 def make_folder(recipe, out=None, data=""):
@@ -62,6 +62,14 @@ def picture_path(out):
 def is_run(folder):
     """Whether `folder` holds a run, finished or not; `load_run` says how to resume one that is not."""
     return any((Path(folder) / name).exists() for name in ("metrics.json", "checkpoint.pth"))
+
+
+def latest_finished(runs="runs"):
+    """The folder of the newest finished run under `runs`; InputError if there is none."""
+    finished = sorted(Path(runs).glob("*/metrics.json"), key=os.path.getmtime)
+    if not finished:
+        raise InputError(f"no finished run under {runs}; name its folder with `run`")
+    return finished[-1].parent
 
 
 def read_config(folder):

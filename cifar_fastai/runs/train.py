@@ -105,8 +105,8 @@ def _resume_run(recipe, overrides, folder, stack):
     checkpoint = load_checkpoint(path)
     config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
     if checkpoint["recipe"] != recipe:
-        name = f"recipes/{printable(checkpoint['recipe'])}.py" if checkpoint["recipe"] else "a notebook"
-        raise InputError(f"a run of {name}, not of {recipe}.py", resume=str(folder))
+        name = f"the recipe {printable(checkpoint['recipe'])}" if checkpoint["recipe"] else "a notebook"
+        raise InputError(f"a run of {name}, not of {recipe}", resume=str(folder))
     try:
         settings = Settings.from_dict(config["parameters"])
         json.dumps([config, original], allow_nan=False)  # as they will be written

@@ -51,16 +51,15 @@ def how_to_go_on(out):
     return f"go on with: {python.name if shutil.which(python.name) == str(python) else python} {RECIPE} --resume {out}"
 
 
-def test_python_is_named_as_the_shell_here_finds_it(tmp_path, monkeypatch):
+def test_a_program_is_named_as_the_shell_here_finds_it(tmp_path, monkeypatch):
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    assert cli._interpreter() == str(python)
+    assert cli._as_called(python) == str(python)
     monkeypatch.chdir(tmp_path)
-    assert cli._interpreter() == os.path.join(".venv", "bin", "python")
+    assert cli._as_called(python) == os.path.join(".venv", "bin", "python")
     monkeypatch.setenv("PATH", str(python.parent))
-    assert cli._interpreter() == "python"
+    assert cli._as_called(python) == "python"
 
 
 def last_epoch(out):

@@ -223,7 +223,7 @@ def test_a_run_among_its_images_is_refused(tiny, tiny_folder, tmp_path, monkeypa
 def test_what_cannot_go_on_says_why(tiny, tmp_path, monkeypatch, stopped):
     monkeypatch.chdir(tmp_path)
     assert refusal(tiny, tmp_path / "nowhere").endswith("no such folder")
-    with pytest.raises(InputError, match="a run of recipes/resnet18.py, not of resnet34.py"):
+    with pytest.raises(InputError, match="a run of the recipe resnet18, not of resnet34"):
         train("resnet34", resume=str(stopped))
     with lock_folder(stopped):
         assert refusal(tiny, stopped) == f"resume='{stopped}': another process is training this run"
