@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cifar_fastai.cli import command_line, read_settings, start, start_script
 
-__all__ = ["COMMANDS", "data", "explain", "find_lr", "main", "predict", "start", "sweep", "train"]
+__all__ = ["COMMANDS", "data", "explain", "export", "find_lr", "main", "predict", "start", "sweep", "train"]
 
 
 def train(
@@ -64,6 +64,18 @@ def explain(
     explain_run(run, images or (), layer, method, target, n, alpha, out, data, device)
 
 
+def export(
+    run: str,  # The folder of a finished run
+    to: str = "onnx",  # onnx or safetensors
+    out: str = None,  # The folder to write (default: of that name, in the run's folder)
+    data: str = None,  # Where the run's images are, if they have moved
+):
+    """Write a run's network for other programs, as ONNX or safetensors, with a model card."""
+    from cifar_fastai.runs.export import export_run
+
+    export_run(run, to, out, data, command_line)
+
+
 def sweep(
     settings: str,  # A text file, flags of a recipe on each line; empty lines and # lines are skipped
     seeds: str = "1,2,3",  # Seeds, separated by commas
@@ -95,7 +107,7 @@ def data(
     print(f"  {total / 1e6:>8,.1f} MB  {'removed' if action == 'clear' else 'in all'}")
 
 
-COMMANDS = {f.__name__.replace("_", "-"): f for f in (train, find_lr, predict, explain, sweep, data)}
+COMMANDS = {f.__name__.replace("_", "-"): f for f in (train, find_lr, predict, explain, export, sweep, data)}
 
 
 def main():

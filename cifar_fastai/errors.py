@@ -2,8 +2,9 @@
 
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 
-__all__ = ["InputError", "RunError", "check_choice", "escaped", "printable", "reason", "renamed"]
+__all__ = ["InputError", "RunError", "check_choice", "check_extra", "escaped", "printable", "reason", "renamed"]
 
 
 class RunError(Exception):
@@ -49,6 +50,13 @@ def check_choice(choices, **argument):
     near = [lower[match] for match in get_close_matches(str(value).lower(), lower, n=2, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(map(str, choices))}"
     raise InputError(f"no such name; {hint}", **argument)
+
+
+def check_extra(extra, *modules):
+    """InputError unless `modules` are installed, which the optional dependencies of the name `extra` are."""
+    for module in modules:
+        if getattr(find_spec(module), "origin", None) is None:  # a folder of that name is no module
+            raise InputError(f'{module} is not installed: pip install "cifar_fastai[{extra}]"')
 
 
 def escaped(text):

@@ -26,6 +26,7 @@ CAM_METHODS = (
 ).split()
 LAYER = r"\s*\w+(\.\w+)*\s*"
 LAYERS = (f"{LAYER}(,{LAYER})*", "give names of layers, separated by commas: layer2,layer3")
+LOGS = (r"(tensorboard|wandb)(,(tensorboard|wandb))*", "give tensorboard or wandb, or both, separated by a comma")
 DEVICE = (r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", "give auto, cpu, cuda, cuda:N or mps")
 SEEDS = dict(ge=0, le=2**32 - 1)  # what numpy accepts
 MANY = dict(ge=1, le=10**9)
@@ -132,7 +133,8 @@ class Settings:
     precision: str = option("auto", "Precision", choices=("auto", "fp32", "fp16", "bf16"))
     compile: str = option("auto", "torch.compile; on a CPU in fp32 with Winograd", choices=("auto", *YES_NO))
     out: str | None = option(None, "The run's folder (default: runs/<recipe>-<date>-<time>)", identity=False)
-    tensorboard: bool = option(False, "Write TensorBoard logs into the run's folder")
+    log: str | None = option(None, "Loggers, separated by commas: tensorboard, wandb (Weights & Biases)", pattern=LOGS)
+    tensorboard: bool = option(False, "The same as log tensorboard")
     no_tta: bool = option(False, "Evaluate without test-time augmentation, six times as fast")
     no_explain: bool = option(False, "No heatmaps: neither gradcam.png nor the explorer of the errors in report.html")
 
@@ -150,6 +152,12 @@ class Settings:
     def network(self):
         """The network's name, with its width where that is not the usual one."""
         return self.model if self.width == OPTIONS["width"].default else f"{self.model}, width {self.width}"
+
+    @property
+    def loggers(self):
+        """The names of the run's loggers."""
+        names = [*(self.log or "").split(","), "tensorboard" if self.tensorboard else ""]
+        return tuple(dict.fromkeys(filter(None, names)))
 
     @property
     def peak_fraction(self):

@@ -22,8 +22,10 @@ def test_requirements_and_package_name_the_same_dependencies():
 
 
 def test_dependencies_have_floors_and_no_pins():
-    every = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
-    assert all(re.fullmatch(r"[\w.-]+>=[\d.]+", line) for line in every), every
+    extras = PROJECT["optional-dependencies"]
+    every = [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]
+    assert all(re.fullmatch(r"[\w.-]+>=[\d.]+", line) for line in every if line != extras["dev"][0]), every
+    assert extras["dev"][0] == f"cifar_fastai[{','.join(sorted(extras.keys() - {'dev'}))}]"
 
 
 @pytest.mark.parametrize("name", cifar_fastai.__all__)

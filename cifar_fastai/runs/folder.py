@@ -11,7 +11,7 @@ from cifar_fastai.errors import InputError, printable, reason
 from cifar_fastai.files import read_json
 from cifar_fastai.training.recorder import in_epochs
 
-__all__ = ["describe_run", "is_run", "latest_finished", "make_folder", "picture_path", "read_config"]
+__all__ = ["describe_run", "is_run", "latest_finished", "make_folder", "picture_path", "public_config", "read_config"]
 
 
 def make_folder(recipe, out=None, data=""):
@@ -81,6 +81,19 @@ def read_config(folder):
     if not isinstance(config.get("parameters"), dict):
         raise InputError(f"{path}: not a run's configuration")
     return config
+
+
+def public_config(folder):
+    """config.json of a run's folder as a dict, without any path of this machine. InputError as `read_config`."""
+    config = read_config(folder)
+    try:
+        for values in (config["parameters"], config.get("given") or {}):
+            for name in ("out", "data"):
+                if values.get(name) is not None:
+                    values[name] = Path(values[name]).name
+        return config | dict(data_source=Path(config["data_source"]).name, data_path=None)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: its config.json is damaged ({reason(error)})") from None
 
 
 def describe_run(folder):

@@ -24,7 +24,6 @@ from cifar_fastai.plots.style import save_figure
 from cifar_fastai.report.page import write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
-from cifar_fastai.training.loggers import TensorBoardLog
 from cifar_fastai.training.recorder import HISTORY_COLUMNS, ConsoleProgress, console_bar, in_epochs
 
 __all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
@@ -55,8 +54,8 @@ def write_results(run, command_line=None):
         for name, figure in console_bar("drawing", pictures.items()):
             save_figure(figure, folder / f"{name}.png")
         metrics = _metrics(run, plain, tta, split)
-        if s.tensorboard:
-            TensorBoardLog(folder / "tensorboard").add_results(metrics, pictures, len(run.history.lrs))
+        for log in run.history.logs.values():
+            log.add_results(metrics, pictures, len(run.history.lrs))
         with atomic_write(folder / "summary.txt") as file:
             file.write(network_table(learn) + "\n")
         write_json(folder / "metrics.json", metrics)

@@ -215,6 +215,8 @@ def _read_run(folder, device, weights="model.pth", model=None):
     settings, device = Settings.from_dict(parameters), choose_device(device)
     is_same_kind = str(config.get("device")).startswith(device.type)  # another may not have the run's precision
     precision, _ = choose_precision(settings.precision if is_same_kind else "auto", device)
+    if weights == "model.pth" and not path.exists() and path.with_suffix(".safetensors").exists():  # an export
+        path = path.with_suffix(".safetensors")
     if not path.exists():
         is_finished = (Path(folder) / "metrics.json").exists()
         advice = "" if is_finished else "; the run is not finished: resume it with its recipe or notebook"

@@ -11,7 +11,7 @@ from cifar_fastai.errors import InputError, reason
 from cifar_fastai.evaluation.predictions import Predictions
 from cifar_fastai.files import atomic_write, read_json, write_json
 from cifar_fastai.recipes import resolve_recipe
-from cifar_fastai.runs.folder import read_config
+from cifar_fastai.runs.folder import public_config
 from cifar_fastai.runs.run import suit_data
 from cifar_fastai.settings import OPTIONS, PLACES, Settings
 from cifar_fastai.training.recorder import read_history
@@ -41,15 +41,10 @@ def keep_result(run, folder):
     missing = [path.name for path in paths if path.is_symlink() or not path.is_file()]
     if missing:
         raise InputError(f"{run}: no {', '.join(missing)} in it; only a finished run can be kept")
-    config = read_config(run)
+    config = public_config(run)
     if not config.get("recipe"):
         raise InputError(f"{run}: was made in a notebook; only a run that a command repeats can be kept")
     try:
-        for values in (config["parameters"], config["given"]):
-            for name in ("out", "data"):
-                if values.get(name) is not None:
-                    values[name] = Path(values[name]).name
-        config["data_source"], config["data_path"] = Path(config["data_source"]).name, None
         metrics = read_json(run / "metrics.json")
         if [type(metrics[name]) for name in ("dataset", "model", "seed")] != [str, str, int]:
             raise TypeError("metrics.json holds no dataset, model or seed")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cifar_fastai.data.images import DIGITS, load_images
-from cifar_fastai.errors import InputError, RunError, escaped, printable, reason, renamed
+from cifar_fastai.errors import InputError, RunError, check_extra, escaped, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
 from cifar_fastai.plots.style import save_figure
@@ -25,7 +25,7 @@ from cifar_fastai.settings import PLACES, Settings, check_values
 from cifar_fastai.training.callbacks import KeepBest
 from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint
 from cifar_fastai.training.compiling import choose_compile, compile_model
-from cifar_fastai.training.loggers import TensorBoardLog
+from cifar_fastai.training.loggers import LOGGERS
 from cifar_fastai.training.range_test import check_range, range_test
 from cifar_fastai.training.recorder import ConsoleProgress, in_epochs
 from cifar_fastai.training.schedule import fit_scheduled
@@ -148,6 +148,8 @@ def _refuse_changes(overrides, settings, original):
 def _prepare_run(recipe, settings, overrides, device, precision=None, images=None):
     """A `Run` with data and learner, without a folder. `images`: those of a resumed run, else what `data` names."""
     precision, precision_reason = choose_precision(precision or settings.precision, device)
+    for name in settings.loggers:  # before the training, not after it
+        check_extra(name, name)
     if device.type == "cpu":
         keep_freed_memory()
     images = images or load_images(settings.data, size=settings.size)
@@ -218,8 +220,7 @@ def _train(run):
         cbs = [Checkpoint(run.folder / "checkpoint.pth", meta, checkpoint), StopOnSignal(), ConsoleProgress()]
         if s.save_best or s.patience:
             cbs.append(KeepBest(run.folder / "best.pth" if s.save_best else None, s.patience))
-        if s.tensorboard:
-            cbs.append(TensorBoardLog(run.folder / "tensorboard"))
+        cbs += [LOGGERS[name](run.folder, run.parameters) for name in s.loggers]
         fit_scheduled(learn, s, run.lr, cbs)
 
 

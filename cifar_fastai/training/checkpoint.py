@@ -16,7 +16,7 @@ import torch
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
-from cifar_fastai.errors import InputError, printable, reason
+from cifar_fastai.errors import InputError, check_extra, printable, reason
 from cifar_fastai.files import atomic_write, check_regular, lock_folder, read_json
 from cifar_fastai.training.precision import torch_optimizer
 from cifar_fastai.training.recorder import FitCallback, history_columns
@@ -245,8 +245,17 @@ def _is_checkpoint(state):
 
 
 def load_weights(model, path):
-    """Load the state dict in `path` (model.pth, best.pth) into `model`; InputError where it does not fit."""
-    return _load_state(model, _load(path, "weights")[0], path)
+    """Load the state dict in `path` (model.pth, best.pth, model.safetensors) into `model`; InputError otherwise."""
+    if Path(path).suffix != ".safetensors":
+        return _load_state(model, _load(path, "weights")[0], path)
+    check_extra("safetensors", "safetensors")
+    from safetensors.torch import load
+
+    try:
+        state = load(Path(check_regular(path)).read_bytes())
+    except Exception:  # safetensors has a type of its own
+        raise InputError(f"{path}: cannot be loaded as weights; it is damaged, or something else") from None
+    return _load_state(model, state, path)
 
 
 def _load_state(model, state, path):

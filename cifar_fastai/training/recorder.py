@@ -240,10 +240,12 @@ class History(FitCallback):
     path: history.csv, written after every epoch (None: not written)
     verbose: whether to print a row for every epoch; `eval_split` names the evaluated split in its header
     trained_epoch: the last trained epoch of this fit, from 0; a resumed fit skips epochs without training them
+    logs: the loggers of the fits, by their names as callbacks
     origin: for a loaded run, what its config says of the machine that trained it, until training goes on here
     """
 
-    order, path, verbose, eval_split, _stateattrs = 59, None, False, "test", ("path", "verbose")
+    order, path, verbose, eval_split, logs = 59, None, False, "test", {}
+    _stateattrs = "path", "verbose", "logs"
     widths = 7, 10, 9, 10, 9, 8, 8, 7  # of the columns that are printed
     __setattr__ = object.__setattr__  # fastai's warns that the learner has a `path` and `moms`, too
 
