@@ -1,5 +1,6 @@
 """README and docs: links lead somewhere, examples run on tiny data, tables agree with the code, promises have tests."""
 
+import json
 import re
 import runpy
 import tomllib
@@ -91,14 +92,7 @@ def test_readme_names_every_command_and_preset():
 
 @every_page
 def test_flags_that_a_page_names_exist(page):
-    others = {
-        "resume",
-        "help",
-        "images",
-        "seeds",
-        "minutes",
-        "repeats",
-    }  # of recipes/explain.py, sweep.py, benchmark.py
+    others = {*"resume help images seeds minutes repeats run to logdir".split()}  # of other commands
     names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", TEXTS[page]))
     assert {name.replace("-", "_") for name in names - others} <= set(OPTIONS)
 
@@ -206,3 +200,6 @@ def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
     assert list(names["test"].suggestions) == ["valley", "slide", "steep", "minimum"]
     assert names["heatmaps"].maps.shape == (16, 32, 32) and len(names["preds"]) == 360
     assert (names["folder"] / "report.html").exists()
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "logged" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["tag"] == "step/loss"] == list(range(10))
+    assert lines[-1]["tag"] == "final/test_tta_shift_accuracy", "write_run adds the results"

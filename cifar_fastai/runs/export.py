@@ -73,12 +73,12 @@ def export_run(run, to="onnx", out=None, data=None, command_line=None):
     files = {name: check_regular(Path(run) / name).read_bytes() for name in files}
     if to == "onnx":
         content, about = _to_onnx(run, config, data)
-        files, note = {}, f"\n\n{about[0].upper()}{about[1:]}.\n\n```python\n{ONNX_EXAMPLE}```\n"
+        files, note = {}, f"{about}.\n\n```python\n{ONNX_EXAMPLE}```\n"
         print(about)
     else:
-        content, note = _to_safetensors(run), f"\n\n```python\n{_LOAD_EXAMPLE}```\n"
+        content, note = _to_safetensors(run), f"```python\n{_LOAD_EXAMPLE}```\n"
     folder.mkdir(parents=True, exist_ok=True)
-    files |= {f"model.{to}": content, "README.md": f"{card}\n## Use{note}".encode()}
+    files |= {f"model.{to}": content, "README.md": f"{card}\n## Use\n\n{note}".encode()}
     for name, content in files.items():
         with atomic_write(folder / name, "wb") as file:
             file.write(content)
@@ -125,7 +125,7 @@ def _to_onnx(run, config, data):
     if not (margins < TIE).all() or not np.isfinite(difference):
         raise RunError(f"ONNX Runtime gives other classes than the network on {others.sum():,} {split} images")
     ties = f" but for {len(margins)} ties" if len(margins) else ""
-    about = f"on {len(probs):,} {split} images ONNX Runtime gives the classes of the network in fp32{ties}; "
+    about = f"On {len(probs):,} {split} images ONNX Runtime gives the classes of the network in fp32{ties}; "
     about += f"the probabilities differ by at most {difference:.1e}"
     props = dict(classes=json.dumps(config["classes"]), size=str(size), difference=f"{difference:.3e}", checked=about)
     onnx.helper.set_model_props(model, props)
@@ -139,32 +139,35 @@ def model_card(run, command=None, **fields):
     finished run.
     """
     config, path = public_config(run), Path(run) / "metrics.json"
-    metrics, overrides = read_json(path), config["parameters"]
+    metrics, parameters = read_json(path), config["parameters"]
+    limits = ["It names one of these classes for any picture, also for one that shows none of them."]
     try:
         split = "valid" if metrics["test_accuracy"] is None else "test"
+        data, classes, network = metrics["dataset"], ", ".join(map(_code, config["classes"])), _code(metrics["model"])
+        size = parameters.get("size") or 32
+        limits += [f"Its images have {size} x {size} pixels; photographs are cut and resized to that."]
+        limits += ["Settings may have been selected on these images."] if split == "valid" else []
+        limits += [f"{data}: {COPIES[data]}."] if data in COPIES else []
         names = {f"{split}_accuracy": "as they are", "tta_accuracy": "with flip TTA"}
         names |= {"tta_shift_accuracy": "with flip and shift TTA"}
-        accuracies = [f"| {names[key]} | {metrics[key]:.2%} |" for key in names if metrics[key] is not None]
-        data, network, classes = _code(metrics["dataset"]), _code(metrics["model"]), map(_code, config["classes"])
-        made = f"{in_epochs(metrics['epochs'])} with seed {metrics['seed']} on {_code(metrics['hardware'])}"
-        made += f" in {_code(metrics['precision'])}, {metrics['seconds'] / 60:.1f} minutes"
-        n_parameters, size = f"{metrics['parameters']:,}", overrides.get("size") or 32
-        values = {name: value for name, value in overrides.items() if name in OPTIONS and name not in PLACES}
+        values = {name: value for name, value in parameters.items() if name in OPTIONS.keys() - PLACES}
         settings = ", ".join(f"{name}={value}" for name, value in values.items() if value != OPTIONS[name].default)
+        text = [
+            f"# {network} on {_code(data)}\n",
+            f"{metrics['parameters']:,} parameters, trained with cifar_fastai for {in_epochs(metrics['epochs'])} with",
+            f"seed {metrics['seed']} on {_code(metrics['hardware'])} in {_code(metrics['precision'])}, in",
+            f"{metrics['seconds'] / 60:.1f} minutes. Classes: {classes}.\n",
+            f"| {split} images | accuracy |\n|---|---|",
+            *(f"| {names[key]} | {metrics[key]:.2%} |" for key in names if metrics[key] is not None),
+            f"\n## Settings\n\n{_code(settings)}\n",
+            *([f"This repeats the run: {_code(command)}\n"] if command else []),
+            "## Limits\n",
+            *(f"- {limit}" for limit in limits),
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)}); is the run finished?") from None
     fields = dict(pipeline_tag="image-classification", tags=["image-classification", "fastai", "cifar_fastai"]) | fields
-    limits = ["It names one of these classes for any picture, also for one that shows none of them."]
-    limits.append(f"Its images have {size} x {size} pixels; photographs are cut and resized to that.")
-    limits += ["Its setting may have been selected on these images."] * (split == "valid")
-    limits += [f"{data}: {COPIES[metrics['dataset']]}."] * (metrics["dataset"] in COPIES)
-    return "\n".join(
-        ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---", f"# {network} on {data}\n"]
-        + [f"{n_parameters} parameters, trained for {made}, with cifar_fastai. Classes: {', '.join(classes)}.\n"]
-        + [f"| {split} images | accuracy |", "|---|---|", *accuracies, "", "## Settings\n", f"{_code(settings)}\n"]
-        + ([f"To repeat the run: {_code(command)}\n"] if command else [])
-        + ["## Limits\n", *(f"- {limit}" for limit in limits), ""]
-    )
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---", *text, ""])
 
 
 def _code(text):

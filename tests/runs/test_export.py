@@ -48,7 +48,7 @@ def test_onnx_agrees_with_the_network_on_every_image_of_the_reported_split(tiny,
     about, text = session.get_modelmeta().custom_metadata_map, capsys.readouterr().out
     assert json.loads(about["classes"]) == ["blue", "green", "red"] and about["size"] == "32"
     assert float(about["difference"]) < 1e-5 and about["checked"] in text
-    assert about["checked"].startswith(f"on {len(predictions)} {split} images")
+    assert about["checked"].startswith(f"On {len(predictions)} {split} images")
 
 
 def test_the_example_runs_without_torch_and_this_package(run, tiny_folder):
