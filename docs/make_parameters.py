@@ -20,7 +20,7 @@ Made by `docs/make_parameters.py` from `Settings` in [settings.py](../cifar_fast
 
 A parameter is a flag on the command line, `python recipes/resnet18.py --valid-pct 0.1` or `cifar-fastai train resnet18
 --valid-pct 0.1`, and an argument in Python, `train("resnet18", valid_pct=0.1)` or `Settings(valid_pct=0.1)`. A switch
-is a flag without a value, in Python True or False. A value outside the allowed ones is refused before any file is written.
+is a flag without a value, in Python True or False. Values that are not allowed are refused before anything is written.
 
 The defaults below are those of `Settings()`, plain SGD without augmentation. **The recipes use other values**, listed
 under [recipes and presets](#recipes-and-presets) and shown by the `--help` of each command."""
