@@ -21,6 +21,7 @@ from cifar_fastai import cli
 from cifar_fastai.recipes import PRESETS
 from cifar_fastai.runs import train as train_module
 from cifar_fastai.runs.explain import explain_run
+from cifar_fastai.runs.export import export_run
 from cifar_fastai.runs.folder import describe_run
 from cifar_fastai.runs.run import load_run
 from cifar_fastai.runs.table import keep_result, load_results, results_table
@@ -127,6 +128,7 @@ junk = st.recursive(
 ACTIONS = {
     "explain": lambda run, picture: explain_run(run, n=2, device="cpu"),
     "explain images": lambda run, picture: explain_run(run, [picture], device="cpu"),
+    "export": lambda run, picture: export_run(run, "safetensors", run.parent / "sent"),
     "load_run": lambda run, picture: load_run(run, "cpu"),
     "resume": lambda run, picture: train("resnet18", resume=run, finish=lambda run: None),
     "results": lambda run, picture: keep(run),

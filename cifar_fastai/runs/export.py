@@ -164,7 +164,7 @@ def model_card(run, command=None, **fields):
             "## Limits\n",
             *(f"- {limit}" for limit in limits),
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)}); is the run finished?") from None
     fields = dict(pipeline_tag="image-classification", tags=["image-classification", "fastai", "cifar_fastai"]) | fields
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---", *text, ""])

@@ -1,5 +1,6 @@
 """A run's folder: its name, its files, and what they say in one line."""
 
+import json
 import os
 import time
 from contextlib import suppress
@@ -91,8 +92,10 @@ def public_config(folder):
             for name in ("out", "data"):
                 if values.get(name) is not None:
                     values[name] = Path(values[name]).name
-        return config | dict(data_source=Path(config["data_source"]).name, data_path=None)
-    except (AttributeError, KeyError, TypeError) as error:
+        config |= dict(data_source=Path(config["data_source"]).name, data_path=None)
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()  # as it will be written
+        return config
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: its config.json is damaged ({reason(error)})") from None
 
 
