@@ -118,18 +118,25 @@ def _to_onnx(run, config, data):
     for positions in np.array_split(np.arange(len(predictions)), len(predictions) // 500 + 1):
         images = images_at(dl, positions)[1].transpose(0, 3, 1, 2).astype(np.float32) / 255  # (K, 3, H, W)
         batches.append(session.run(None, {"images": images})[0])
-    probs = np.concatenate(batches)  # (N, C)
-    difference, rows = float(np.abs(probs - predictions.probs).max()), np.arange(len(probs))
+    about = describe_agreement(np.concatenate(batches), predictions, split)
+    props = dict(classes=json.dumps(config["classes"]), size=str(size), checked=about)
+    onnx.helper.set_model_props(model, props)
+    return model.SerializeToString(), about
+
+
+def describe_agreement(probs, predictions, split):
+    """How another program's `probs` (N, C) differ from the network's `predictions`, in words.
+
+    Raises RunError where it gives another class that is not, but for rounding, as probable as the network's.
+    """
     others = probs.argmax(1) != predictions.predicted
-    margins = (predictions.confidence - predictions.probs[rows, probs.argmax(1)])[others]
+    margins = (predictions.confidence - predictions.probs[np.arange(len(probs)), probs.argmax(1)])[others]
+    difference = float(np.abs(probs - predictions.probs).max())
     if not (margins < TIE).all() or not np.isfinite(difference):
         raise RunError(f"ONNX Runtime gives other classes than the network on {others.sum():,} {split} images")
     ties = f" but for {len(margins)} ties" if len(margins) else ""
     about = f"On {len(probs):,} {split} images ONNX Runtime gives the classes of the network in fp32{ties}; "
-    about += f"the probabilities differ by at most {difference:.1e}"
-    props = dict(classes=json.dumps(config["classes"]), size=str(size), difference=f"{difference:.3e}", checked=about)
-    onnx.helper.set_model_props(model, props)
-    return model.SerializeToString(), about
+    return about + f"the probabilities differ by at most {difference:.1e}"
 
 
 def model_card(run, command=None, **fields):
