@@ -117,12 +117,12 @@ def test_the_module_guide_names_what_exists():
     assert not [name for name in cifar_fastai.__all__ if f"**`{name}`**" not in GUIDE]
 
 
-PROMISES = re.findall(r"^\| (?!promise |-).+$", TEXTS[ROOT / "docs" / "promises.md"], flags=re.MULTILINE)
+PROMISES = re.findall(r"^- .+?(?=^- |^#|^\S|\Z)", TEXTS[ROOT / "docs" / "promises.md"], flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("row", PROMISES or [""])
-def test_promises_name_tests_that_exist(row):
-    for part in row.rsplit("|", 2)[1].split(";"):
+@pytest.mark.parametrize("promise", PROMISES or [""])
+def test_promises_name_tests_that_exist(promise):
+    for part in promise.split("Tests: ")[1].split(";"):
         names = re.findall(r"`(test_\w+\.py)`", part)
         files = [path for name in names for path in (ROOT / "tests").rglob(name)]
         assert names and len(files) == len(names), part

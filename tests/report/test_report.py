@@ -51,7 +51,9 @@ def make_run(folder, classes=("red", "green", "blue"), n=60, wrong=0.3, epochs=3
     numbers |= dict(train_accuracy=0.7667, valid_accuracy=accuracy, test_accuracy=accuracy)
     numbers |= dict(tta_accuracy=accuracy - 0.01, tta_shift_accuracy=None, class_accuracy=dict.fromkeys(classes))
     write_json(folder / "metrics.json", texts | numbers | metrics)
-    config = dict(recipe="resnet18", given={"epochs": 3, "cutout": 8}, classes=classes, hardware="a processor")
+    config = dict(
+        recipe="resnet18", given={"epochs": 3, "cutout": 8, "out": "runs/one"}, classes=classes, hardware="a processor"
+    )
     config |= dict(parameters={"epochs": 3, "cutout": 8, "opt": "muon"}, versions={"python": "3.12", "torch": "2.9"})
     write_json(folder / "config.json", config)
     (folder / "summary.txt").write_text("conv1  64 x 32 x 32  1,728\n", encoding="utf-8")
