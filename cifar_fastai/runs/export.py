@@ -1,7 +1,6 @@
 """A run's network for other programs: ONNX, or safetensors, each with a model card."""
 
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def export_run(run, to="onnx", out=None, data=None, command_line=None):
     """
     check_extra(to, *FORMATS[check_choice(tuple(FORMATS), to=to)])
     config, folder = public_config(run), Path(out or Path(run) / to)
-    if os.path.realpath(folder) == os.path.realpath(run):
-        raise InputError("is the run's own folder; choose another one", out=str(folder))
+    if any((folder / name).exists() for name in ("model.pth", "checkpoint.pth")):
+        raise InputError("holds a run; choose another folder", out=str(folder))
     card = model_card(run, command_line and command_line(config))
     files = [name for name in ("metrics.json", "history.csv", "predictions.csv") if (Path(run) / name).exists()]
     files = {name: check_regular(Path(run) / name).read_bytes() for name in files}

@@ -112,7 +112,7 @@ def test_the_card_has_the_runs_numbers_and_its_head_is_yaml(run):
     "damage, arguments, message",
     [
         (None, dict(to="onxx"), "to='onxx': no such name; did you mean onnx?"),
-        (None, dict(to="safetensors", out="run"), "is the run's own folder"),
+        (None, dict(to="safetensors", out="run"), "out='run': holds a run; choose another folder"),
         ("metrics.json", dict(to="safetensors"), "is the run finished?|cannot be read"),
         ("config.json", dict(to="onnx"), "not a run's folder"),
     ],
