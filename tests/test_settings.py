@@ -117,6 +117,7 @@ BAD = """
 --compile true                                  | --compile true: no such name; choose from auto, yes, no
 --data=                                         | --data '': must be printable and not empty
 --out=                                          | --out '': must be printable and not empty
+--log tensorbord                                | --log tensorbord: give tensorboard or wandb, or both
 --tensorboard yes                               | unrecognized arguments: yes
 --no-tta --no-explain yes                       | unrecognized arguments: yes
 --resume nowhere                                | --resume nowhere: no such folder
@@ -196,7 +197,7 @@ GOOD = """
 --sched flat-cos --pct-start 0.7 --div-final 10 | --sched step --step-size 1 --gamma 0.999 | --cam-method GradCAM++
 --sched plateau --valid-pct 0.1 --plateau-patience 0 --gamma 0.5 | --valid-pct 0.001 --no-test --save-best --patience 1
 --padding 31 --pad-mode reflect | --n-holes 64 --max-holes 64 | --flip 1 | --cam-layer layer2,layer3.1.conv2
---device cuda:15 | --device mps | --precision bf16 | --compile no | --tensorboard | --debug
+--device cuda:15 | --device mps | --precision bf16 | --compile no | --tensorboard | --log wandb,tensorboard | --debug
 """
 
 
@@ -205,7 +206,7 @@ def test_good_values_and_combinations_are_taken(command, monkeypatch, arguments)
     calls, words = {}, arguments.split()
     monkeypatch.setattr("cifar_fastai.runs.train.train", lambda *args, **kwargs: calls.update(kwargs))
     assert command(arguments)[0] == 0
-    del calls["finish"], calls["resume"]
+    del calls["finish"], calls["resume"], calls["recipe"]
     settings, _ = resolve(RECIPES["resnet18"], calls)
     for word, value in zip(words, [*words[1:], "--"], strict=True):
         if word.startswith("--") and word != "--debug":
@@ -282,6 +283,6 @@ def test_defaults_are_neutral():
     """A parameter that a recipe does not name changes nothing: every default is a value of plain SGD."""
     plain = resolve(Settings(), {})[0]
     off = "l1 clip clip_value mixup cutmix ema mom_min peak_epoch valid_pct subset patience label_smoothing wd padding"
-    off += " cutout flip vflip rotate tensorboard no_test"
+    off += " cutout flip vflip rotate log tensorboard no_test"
     assert not any(getattr(plain, name) for name in off.split())
     assert (plain.opt, plain.sched, plain.nesterov, plain.flip_by) == ("sgd", "none", "no", "chance")

@@ -298,7 +298,7 @@ def test_other_folders_and_learners_are_refused(make, tmp_path, tiny, monkeypatc
 
 def test_a_recipe_refuses_the_run_of_a_notebook(make, stop, tmp_path):
     stop(lambda: one_cycle(make(), KeepRun(tmp_path)))
-    with pytest.raises(InputError, match="a run of a notebook, not of resnet18.py"):
+    with pytest.raises(InputError, match="a run of a notebook, not of resnet18"):
         train("resnet18", resume=tmp_path)
 
 
