@@ -7,8 +7,9 @@ from functools import partial
 from typing import Annotated
 
 from cifar_fastai.cli import command_line, read_settings, start, start_script
+from cifar_fastai.errors import check_extra
 
-__all__ = ["COMMANDS", "data", "explain", "export", "find_lr", "main", "predict", "start", "sweep", "train"]
+__all__ = [*"data demo explain export find_lr predict results sweep train".split(), "COMMANDS", "main", "start"]
 
 
 def train(
@@ -107,7 +108,34 @@ def data(
     print(f"  {total / 1e6:>8,.1f} MB  {'removed' if action == 'clear' else 'in all'}")
 
 
-COMMANDS = {f.__name__.replace("_", "-"): f for f in (train, find_lr, predict, explain, export, sweep, data)}
+def demo(
+    run: str,  # The folder of a finished run
+    host: str = None,  # Address to serve at; 0.0.0.0 is for everybody in the network (default: 127.0.0.1)
+    port: int = None,  # Port (default: the first free one from 7860)
+    space: str = None,  # Serve nothing; write the folder of a Hugging Face Space
+    data: str = None,  # Where the run's images are, if they have moved
+    device: str = "auto",  # auto, cpu, cuda, cuda:N or mps
+):
+    """A page in the browser: the network of a run on any picture, with heatmaps, and the run's errors."""
+    check_extra("demo", "gradio", "safetensors")
+    from cifar_fastai.runs.demo import serve_demo, write_space
+
+    write_space(run, space, data) if space else serve_demo(run, host, port, data, device)
+
+
+def results(
+    runs: Annotated[str, {"opt": False, "nargs": "+", "metavar": "RUN"}],  # Folders of finished runs
+    out: str = "compare.html",  # The page
+    data: str = None,  # Where their images are, if they have moved
+):
+    """Compare finished runs: settings that differ, accuracy and time as a table; curves and images on a page."""
+    from cifar_fastai.runs.compare import compare_runs
+
+    compare_runs(runs, out, data)
+
+
+_ALL = train, find_lr, predict, explain, export, demo, results, sweep, data
+COMMANDS = {f.__name__.replace("_", "-"): f for f in _ALL}
 
 
 def main():

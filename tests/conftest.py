@@ -102,18 +102,18 @@ def problems():
 
 @pytest.fixture
 def visit(chromium, problems):
-    """A function that opens a file in a new window."""
+    """A function that opens a file, or an address, in a new window."""
     windows = []
 
     def visit(path, width=1280, dark=False, **options):
         size, scheme = dict(width=width, height=900), "dark" if dark else "light"
         options |= dict(viewport=size, color_scheme=scheme, has_touch=True, reduced_motion="reduce")
         windows.append(chromium.new_context(**options))
-        page, uri = windows[-1].new_page(), path.resolve().as_uri()
+        page, uri = windows[-1].new_page(), path if isinstance(path, str) else path.resolve().as_uri()
         page.set_default_timeout(5_000)
         page.on("pageerror", lambda error: problems.append(error.message))
         page.on("console", lambda line: line.type in ("error", "warning") and problems.append(line.text))
-        page.on("request", lambda to: to.url.startswith(("data:", uri)) or problems.append(to.url))
+        page.on("request", lambda to: to.url.startswith(("data:", "blob:", uri)) or problems.append(to.url))
         page.goto(uri)
         return page
 

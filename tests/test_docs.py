@@ -92,7 +92,8 @@ def test_readme_names_every_command_and_preset():
 
 @every_page
 def test_flags_that_a_page_names_exist(page):
-    others = {*"resume help images seeds minutes repeats run to logdir".split()}  # of other commands
+    # of other commands
+    others = {*"resume help images seeds minutes repeats run to logdir host space repo-type".split()}
     names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", TEXTS[page]))
     assert {name.replace("-", "_") for name in names - others} <= set(OPTIONS)
 

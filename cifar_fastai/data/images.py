@@ -86,7 +86,7 @@ class ImageSet:
     flip = property(lambda self: 0.0 if self.name == DIGITS else 0.5)  # a mirror changes digits
 
 
-def load_images(data="auto", cache_dir=None, progress=True, size=None):
+def load_images(data="auto", cache_dir=None, progress=True, size=None, offline=False):
     """The data set that `data` names, as an `ImageSet`.
 
     data: "digits", scikit-learn's; "cifar10", "cifar100" or "cifar100-coarse" (20 superclasses), the official images
@@ -98,6 +98,7 @@ def load_images(data="auto", cache_dir=None, progress=True, size=None):
     progress: draw a progress line where stderr is a terminal or in a notebook.
     size: pixels a side; images of another size are resized, the shorter side to `size`, and their centre is cut.
     Without it, images must be 32 x 32.
+    offline: take nothing from the network.
     Raises InputError where the data are missing, damaged or in another layout.
     """
     check_values(size=size)
@@ -110,7 +111,7 @@ def load_images(data="auto", cache_dir=None, progress=True, size=None):
         elif path or data not in ("auto", *NAMED):
             images = _load_path(path or data, cache_dir, progress, size)
         else:
-            images = _load_named("cifar10" if data == "auto" else data, cache_dir, progress)
+            images = _load_named("cifar10" if data == "auto" else data, cache_dir, progress, offline)
     except InputError as error:
         if path:
             raise InputError(f"{error} (the environment variable CIFAR10_PATH names it)") from None
@@ -199,10 +200,10 @@ def _load_digits():
     return ImageSet(DIGITS, tuple("0123456789"), images, labels, len(train), *statistics, "scikit-learn load_digits")
 
 
-def _load_named(data, cache_dir, progress):
+def _load_named(data, cache_dir, progress, offline):
     """The official images of a name in `NAMED`. Raises InputError with each place and why it has none."""
     if data == "cifar100-coarse":
-        images = _load_named("cifar100", cache_dir, progress)
+        images = _load_named("cifar100", cache_dir, progress, offline)
         classes = tuple(sorted(set(images.coarse)))
         labels = np.array([classes.index(name) for name in images.coarse])[images.labels]
         return replace(images, name=CIFAR100_COARSE, classes=classes, labels=labels, coarse=None)
@@ -218,6 +219,8 @@ def _load_named(data, cache_dir, progress):
             return _load_path(path, cache_dir, progress, None, FASTAI_SOURCE, name)
         except InputError as error:
             failures.append(str(error))
+    if offline:
+        raise NotAvailable(data, failures)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # a second process waits for the first one's download

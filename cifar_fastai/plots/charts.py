@@ -1,6 +1,6 @@
 """Charts of a run: numbers in, a matplotlib Figure out."""
 
-from itertools import cycle
+from itertools import cycle, product
 
 import numpy as np
 from matplotlib import rc_context
@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from cifar_fastai.plots import style
 from cifar_fastai.plots.style import SMALL, STYLE, WIDTH, Picture, check_lengths, number, percent, text_width, wrap
 
+LINES = style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.GREY  # of runs in one chart
 NARROW = 5.8  # inches, of a chart that stands beside another on a page
 
 
@@ -47,6 +48,20 @@ def plot_curves(history, eval_split="test"):
     usual = losses <= 8 * losses[max(3, len(losses) // 10)] if len(losses) > 5 else [True]
     if not all(usual) and losses[usual][0] > 0:  # a few exploded losses would flatten all the others
         fig.axes[0].set_ylim(losses[-1] - 0.05 * losses[usual][0], 1.1 * losses[usual][0])
+    return fig
+
+
+@rc_context(STYLE)
+def plot_together(histories):
+    """The evaluated loss and accuracy by epoch, a line for each of `histories`, {name: history as in `plot_curves`}."""
+    fig = Picture(figsize=(WIDTH, 3.7), layout="constrained")
+    for ax, (quantity, scale) in zip(fig.subplots(1, 2), (("loss", 1), ("accuracy", 100)), strict=True):
+        for (name, history), (line, color) in zip(histories.items(), product(("o-", "s:"), LINES), strict=False):
+            values = scale * np.array([row.get(f"valid_{quantity}") for row in history], float)
+            ax.plot([row["epoch"] for row in history], values, line, color=color, markersize=4, label=name)
+        ax.set(title=quantity.capitalize(), xlabel="epoch", ylabel="accuracy (%)" if scale > 1 else "loss")
+        ax.legend()
+        _use_whole_numbers(ax.xaxis)
     return fig
 
 

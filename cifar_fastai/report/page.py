@@ -19,7 +19,7 @@ from matplotlib import rc_context
 from cifar_fastai.evaluation.predictions import Predictions
 from cifar_fastai.files import atomic_write, read_json
 from cifar_fastai.plots.charts import MANY_CLASSES, MOST_CONFUSED, plot_curves
-from cifar_fastai.plots.style import BLUE, VERMILION
+from cifar_fastai.plots.style import BLUE, GREY, VERMILION
 from cifar_fastai.report.tiles import SHEET, data_uri
 from cifar_fastai.training.recorder import history_columns, read_history
 
@@ -27,7 +27,6 @@ LIMIT = 8_000_000  # bytes of a page
 FIGURES_LIMIT = 2_500_000  # bytes of its figures
 LOSSLESS_TILES = 2_500  # more lossless images would not fit
 NO_FACTS = "recipe", "given", "parameters", "classes", "hardware", "note"  # of config.json, shown elsewhere
-
 FIGURES = {
     "schedule": "Schedule of the learning rate",
     "lr_find": "Range test of the learning rate",
@@ -36,6 +35,7 @@ FIGURES = {
     "misclassified": "Misclassified images",
     "gradcam": "Where the network looked",
 }
+COLORS = {"#000000": "currentColor", BLUE: "var(--accent)", VERMILION: "var(--wrong)", GREY: "var(--soft)"}
 OF_ERRORS = "top_losses", "misclassified", "gradcam"  # figures of which the explorer shows the same and more
 
 
@@ -63,10 +63,7 @@ def write_report(run_dir, tiles=None, command=None):
     tiles = tiles if n_errors else None
     eval_split = metrics["eval_split"] or config["eval_split"] or "test"
     split = "test" if metrics["test_accuracy"] is not None else eval_split
-    loader = PackageLoader("cifar_fastai.report", "templates")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "duration": _duration, "value": _value}
-    script = Markup(environment.get_template("report.js").render())
+    script = Markup(get_template("report.js").render())
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context = dict(run=run_dir.resolve().name, config=config, metrics=metrics, history=history, summary=summary)
     context |= dict(command=command, split=split, facts=_facts(config), classes=classes, predictions=predictions)
@@ -77,11 +74,31 @@ def write_report(run_dir, tiles=None, command=None):
         context |= dict(matrix=matrix.tolist(), shades=_shades(matrix).tolist())
     context |= dict(n_pairs=MOST_CONFUSED, n_images=n_images, n_errors=n_errors)
     context |= dict(tiles=tiles, sheet=SHEET, script=script, script_hash=script_hash, eval_split=eval_split)
-    context |= dict(curves=_draw_curves(history, eval_split), columns=history_columns(history), of_errors=OF_ERRORS)
+    context |= dict(columns=history_columns(history), of_errors=OF_ERRORS)
+    context |= dict(curves=draw_panels(plot_curves(history, eval_split)) if len(history) > 1 else [])
     context |= dict(figures=_read_figures(run_dir, OF_ERRORS if tiles else () if n_errors else OF_ERRORS[1:]))
     with atomic_write(run_dir / "report.html", "wb") as file:
-        file.write(_render(environment.get_template("report.html"), context, tiles))
+        file.write(_render(get_template("report.html"), context, tiles))
     return run_dir / "report.html"
+
+
+def get_template(name):
+    """A template of this package; it escapes every value."""
+    loader = PackageLoader("cifar_fastai.report", "templates")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "duration": _duration, "value": format_value}
+    return environment.get_template(name)
+
+
+def describe_metrics(metrics):
+    """What metrics.json says, for people: {name: text}, without what was not measured."""
+    texts, split = {}, metrics.get("eval_split") or "valid"  # of which the numbers are that are called valid_
+    for name, value in metrics.items():
+        if isinstance(value, (str, int, float)):
+            text = _number(value, ".2%") if name.endswith("accuracy") else format_value(value)
+            label = name.replace("valid", split).replace("_", " ").replace("tta", "TTA")
+            texts[label] = _duration(value) if name == "seconds" else text
+    return texts
 
 
 def _render(template, context, tiles):
@@ -114,11 +131,8 @@ def _facts(config):
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _draw_curves(history, eval_split):
-    """Loss and accuracy by epoch as (title, SVG) in the colours of the page, which differ in dark mode."""
-    if len(history) < 2:
-        return []
-    fig = plot_curves(history, eval_split)
+def draw_panels(fig):
+    """The panels of a Figure as (title, SVG) in the colours of the page, which differ in dark mode."""
     fig.draw_without_rendering()
     fig.set_layout_engine("none")
     charts = []
@@ -130,7 +144,7 @@ def _draw_curves(history, eval_split):
         with rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):  # the same ids each time, text as text
             fig.savefig(file, format="svg", transparent=True, bbox_inches=box, metadata={"Date": None})
         svg = re.sub(r'<g id="[^"]*"', "<g", file.getvalue()[file.getvalue().index("<svg") :])
-        for color, name in ("#000000", "currentColor"), (BLUE, "var(--accent)"), (VERMILION, "var(--wrong)"):
+        for color, name in COLORS.items():
             svg = svg.replace(color.lower(), name)
         charts.append((title, Markup(svg)))
     return charts
@@ -168,11 +182,11 @@ def _duration(seconds):
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.3g} s"
 
 
-def _value(value):
+def format_value(value):
     """A setting as a person would type it."""
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, (list, dict)):
         items = value.items() if isinstance(value, dict) else [("", item) for item in value]
-        return ", ".join(f"{key} {_value(item)}".strip() for key, item in items)
+        return ", ".join(f"{key} {format_value(item)}".strip() for key, item in items)
     return f"{value:g}" if isinstance(value, float) else str(value)

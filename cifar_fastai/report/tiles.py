@@ -79,9 +79,14 @@ def _sheet(images, kind, **options):
     cells = np.zeros((n_rows * SHEET, height, width, 3), np.uint8)
     cells[: len(images)] = images
     cells = cells.reshape(n_rows, SHEET, height, width, 3).swapaxes(1, 2)  # (rows, H, SHEET, W, 3)
-    file = io.BytesIO()
     options = options | ({"subsampling": 0} if kind == "JPEG" else {})
-    Image.fromarray(cells.reshape(n_rows * height, SHEET * width, 3)).save(file, kind, **options)
+    return image_uri(cells.reshape(n_rows * height, SHEET * width, 3), kind, **options)
+
+
+def image_uri(pixels, kind="PNG", **options):
+    """uint8 (H, W, 3) as the address of a picture inside a page."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
     return data_uri(file.getvalue(), f"image/{kind.lower()}")
 
 

@@ -52,11 +52,11 @@ def _make_default_folder(name):
         raise InputError(f"runs/{name}: cannot be created ({reason(error)}); set `out`") from None
 
 
-def picture_path(out):
-    """`out` as a Path. InputError unless it names a PNG file in a folder that exists."""
+def picture_path(out, suffix=".png"):
+    """`out` as a Path. InputError unless it names a file with this suffix in a folder that exists."""
     out = Path(out)
-    if out.suffix != ".png" or out.is_dir() or not out.absolute().parent.is_dir():
-        raise InputError("must be a file name that ends in .png, in a folder that exists", out=str(out))
+    if out.suffix != suffix or out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"must be a file name that ends in {suffix}, in a folder that exists", out=str(out))
     return out
 
 

@@ -1,6 +1,7 @@
 """A run as an object: its settings, the decisions about them, and its learner; also how to load a finished run."""
 
 import os
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -163,21 +164,36 @@ def check_images(images, config, exact=False):
         raise InputError(f"{images.source}: not the images this run was trained with ({trained})")
 
 
-def load_same_images(config, settings, data=None, exact=False):
+def load_same_images(config, settings, data=None, exact=False, offline=False):
     """The images of the run with this config.json. `data`: an ImageSet, or their place, if they have moved.
 
-    By default they are where they were, or where the run's own `data` leads now. Raises InputError for others.
+    By default they are where they were, or where the run's own `data` leads now, `offline` on this machine alone.
+    Raises InputError for others.
     """
     places = [place for place in (config.get("data_path"), settings.data) if isinstance(place, str)]
     problem = None
     for place in places if data is None else [data]:
         try:
-            images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size)
+            images = place if isinstance(place, ImageSet) else load_images(place, size=settings.size, offline=offline)
             check_images(images, config, exact)
             return images
         except InputError as error:
             problem = problem or error
-    raise InputError(f"{problem}; say where the run's images are with `data`")
+    raise InputError(f"{problem or 'config.json names no data'}; say where the run's images are with `data`")
+
+
+def load_reported(config, predictions, data=None):
+    """The images of a run's `predictions`, uint8 (N, S, S, 3), or None where they are not on this machine.
+
+    Raises InputError where `data`, the place that they have moved to, has others.
+    """
+    s = Settings.from_dict(config["parameters"] | {"model": Settings.model})
+    with suppress(InputError) if data is None else nullcontext():
+        images = load_same_images(config, s, data, offline=True)
+        rows = range(images.n_train, len(images.labels))
+        rows = split_rows(images, s.valid_pct, s.split_seed, s.subset)[1] if s.no_test else list(rows)
+        if np.array_equal(images.labels[rows], predictions.targets):  # earlier runs had another order
+            return images.images[rows].transpose(0, 2, 3, 1)
 
 
 def load_network(folder, device="auto"):
