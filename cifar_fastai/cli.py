@@ -210,7 +210,7 @@ def _describe(error):
         return f"{place}{error.strerror}{_resume_hint(error)}"
     lines = (str(error).strip() or "no message").splitlines()
     first = lines[-1].strip() if lines[0].startswith("Exception occured in") else lines[0]  # fastai puts that in front
-    return f"{type(error).__name__}: {first} (the traceback: --debug)"
+    return f"{type(error).__name__}: {first} (the traceback: --debug){_resume_hint(error)}"
 
 
 def _as_word(value):
@@ -223,7 +223,9 @@ def _as_word(value):
 def _resume_hint(error):
     """How to go on after an error that carries `resume`: the folder of its run, or words."""
     resume = getattr(error, "resume", None)
-    words = [_interpreter(), sys.argv[0], flag("resume"), str(resume)]
+    n = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    start = [_interpreter()] if n == "1" else ["torchrun", "--nproc_per_node", n]
+    words = [*start, sys.argv[0], flag("resume"), str(resume)]
     command = shlex.join(words) if isinstance(resume, Path) else resume
     return f"; go on with: {command}" if resume else ""
 

@@ -15,6 +15,8 @@ def main(
     valid_pct: float = 0.1,  # Fraction of train for validation; the test split is never read
     out: str = "sweep.csv",  # The csv file; trials that have a row in it are skipped, interrupted ones go on
     runs: str = "runs/sweep",  # Folder for the runs themselves
+    workers: int = None,  # Trials that are trained side by side (default: one for each GPU)
+    storage: str = None,  # The file of an Optuna journal, for machines with csv files of their own
     debug: bool = False,  # Show tracebacks
 ):
     "Train every setting with every seed and write its validation accuracy and seconds to a csv file."
@@ -22,7 +24,7 @@ def main(
 
     from cifar_fastai.runs.sweep import sweep  # loads torch, which --help does not need
 
-    return sweep(trials, seeds, valid_pct, out, runs)
+    return sweep(trials, seeds, valid_pct, out, runs, workers=workers, storage=storage)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,10 @@ def test_flags_that_a_page_names_exist(page):
         "seeds",
         "minutes",
         "repeats",
-    }  # of recipes/explain.py, sweep.py, benchmark.py
+        "workers",
+        "storage",
+        *"nproc-per-node nnodes node-rank master-addr multi-gpu num-processes ntasks-per-node nodes".split(),
+    }  # of recipes/explain.py, sweep.py, benchmark.py, and of torchrun, accelerate and Slurm
     names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", TEXTS[page]))
     assert {name.replace("-", "_") for name in names - others} <= set(OPTIONS)
 

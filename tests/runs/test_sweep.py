@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import joblib
+import optuna
 import pandas as pd
 import pytest
-from tiny_recipe import strike
+from tiny_recipe import RECIPE, strike
 from tiny_runs import history
 
 from cifar_fastai.cli import read_settings
@@ -17,6 +21,7 @@ from cifar_fastai.runs.sweep import COLUMNS, sweep
 from cifar_fastai.training.recorder import HISTORY_COLUMNS, write_history
 from cifar_fastai.training.signals import Stopped
 
+SWEEP = RECIPE.with_name("sweep.py")
 EPOCH = dict.fromkeys(HISTORY_COLUMNS, 1)
 
 
@@ -59,6 +64,55 @@ def test_two_sweeps_write_to_one_file(trials):
         thread.join()
     rows = pd.read_csv("out.csv")
     assert sorted(zip(rows["settings"], rows["seed"], strict=True)) == [(k, seed) for k in labels for seed in (1, 2, 3)]
+
+
+def test_workers_train_each_trial_once(trials, capsys):
+    with joblib.parallel_config(backend="threading"):  # processes would not have the trials of this test
+        rows = sweep([(f"trial {n}", dict(cutout=n)) for n in range(3)], "1,2", out="out.csv", workers=2)
+    assert len(rows) == len(trials) == 6
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        f"trial {n}, seed {seed}: 50.00%" for n in range(3) for seed in (1, 2)
+    ]
+
+
+def test_optuna_hands_out_each_trial_once_and_the_rest_is_trained_later(trials, monkeypatch):
+    plan, fails = [(f"trial {n}", dict(cutout=n)) for n in range(3)], [2]
+    train = module.train
+
+    def fail_once(*args, **kwargs):
+        if kwargs["cutout"] in fails:
+            fails.clear()
+            raise Stopped(signal.SIGTERM)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", fail_once)
+    with pytest.raises(Stopped):
+        sweep(plan, "1", out="out.csv", storage="journal")
+    assert len(trials) == 2
+    assert len(sweep(plan, "1", out="out.csv", storage="journal")) == len(trials) == 3
+    sweep(plan[:1], "1", out="other.csv", storage="other", runs="other")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("journal"))
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert [(trial.user_attrs["trial"], trial.value) for trial in done] == [
+        (["trial 0", 1], 0.5),
+        (["trial 1", 1], 0.5),
+    ]
+
+
+def test_a_missing_optuna_is_named(trials, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs Optuna"):
+        sweep([("one", {})], "1", out="out.csv", storage="journal")
+
+
+@pytest.mark.slow
+def test_workers_are_processes(tmp_path):
+    (tmp_path / "list.txt").write_text("--data digits --width 16 --subset 100 --bs 20 --epochs 1 --device cpu\n")
+    command = [sys.executable, str(SWEEP), "list.txt", "--seeds", "1,2", "--workers", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 2
+    assert sorted(pd.read_csv(tmp_path / "sweep.csv")["seed"]) == [1, 2]
 
 
 def test_a_trial_that_another_sweep_begins_is_left_to_it(trials, monkeypatch, capsys):
