@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -16,7 +17,6 @@ from cifar_fastai.errors import InputError, printable, reason
 from cifar_fastai.files import atomic_write, check_regular, lock_folder
 from cifar_fastai.recipes import resolve_recipe
 from cifar_fastai.runs.train import train
-from cifar_fastai.training.recorder import read_history
 from cifar_fastai.training.signals import Stopped, catch_signals
 
 COLUMNS = ["settings", "seed", "valid_accuracy", "seconds"]
@@ -56,6 +56,7 @@ def sweep(
                 raise InputError(f"{error.text} (in the line {label})", **error.arguments) from None
     out, n = Path(out), max(1, workers or torch.cuda.device_count())
     _read_rows(out)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # workers import torch anew
     try:
         with catch_signals():
             Parallel(n)(delayed(_work)(plan, recipe, out, Path(runs), storage, n, k) for k in range(n))
@@ -69,21 +70,11 @@ def _work(plan, recipe, out, runs, storage, n, k):
     """Train those of `plan` that nobody has trained or trains; worker `k` of `n` is silent and has a GPU of its own."""
     device = dict(device=f"cuda:{k % torch.cuda.device_count()}") if n > 1 and torch.cuda.is_available() else {}
     for label, seed, overrides in _in_turn(plan, storage, out):
-        if _accuracy(out, label, seed) is not None:
-            continue
-        with redirect_stdout(sys.stdout if n == 1 else None):
-            folder = _train_trial(recipe, overrides, runs, device)
-        if folder is None:
-            continue
-        epochs = read_history(folder / "history.csv")
-        with FileLock(out.with_name(f".{out.name}.lock")):  # several sweeps may write to one file
-            if _accuracy(out, label, seed) is not None:
-                continue  # another process has trained it meanwhile
-            rows, seconds = _read_rows(out), round(sum(epoch["seconds"] for epoch in epochs), 1)
-            rows.loc[len(rows)] = [label, seed, epochs[-1]["valid_accuracy"], seconds]
-            with atomic_write(out) as file:
-                rows.to_csv(file, index=False, lineterminator="\n")
-        print(f"{label}, seed {seed}: {epochs[-1]['valid_accuracy']:.2%}", flush=True)
+        if _accuracy(out, label, seed) is None:
+            with redirect_stdout(sys.stdout if n == 1 else None):
+                is_ours = _train_trial(label, seed, overrides, recipe, out, runs, device)
+            if is_ours:
+                print(f"{label}, seed {seed}: {_accuracy(out, label, seed):.2%}", flush=True)
 
 
 def _in_turn(plan, storage, out):
@@ -93,6 +84,7 @@ def _in_turn(plan, storage, out):
             raise InputError("needs Optuna: pip install cifar_fastai[sweep]", storage=str(storage))
         import optuna
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
         study = optuna.create_study(study_name="sweep", storage=journal, direction="maximize", load_if_exists=True)
         while (trial := study.ask()).number < len(plan):
@@ -111,10 +103,19 @@ def _accuracy(out, label, seed):
     return None if values.empty else float(values.iloc[0])
 
 
-def _train_trial(recipe, overrides, runs, device):
-    """The folder of the trained trial, named by its settings; None where another process trains it."""
+def _train_trial(label, seed, overrides, recipe, out, runs, device):
+    """Train a trial in a folder named by its settings, and write its row; whether no other process trains it."""
     key = json.dumps([recipe, overrides], sort_keys=True, default=str)
     folder = runs / hashlib.sha256(key.encode()).hexdigest()[:12]
+
+    def add_row(run):  # results, which `train` leaves to us, take longer than a short training
+        epochs = run.history.rows
+        with FileLock(out.with_name(f".{out.name}.lock")):  # several sweeps may write to one file
+            rows, seconds = _read_rows(out), round(sum(epoch["seconds"] for epoch in epochs), 1)
+            rows.loc[len(rows)] = [label, seed, epochs[-1]["valid_accuracy"], seconds]
+            with atomic_write(out) as file:
+                rows.to_csv(file, index=False, lineterminator="\n")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,12 +123,13 @@ def _train_trial(recipe, overrides, runs, device):
     with lock_folder(folder, ".sweep.lock") as is_first:  # of sweeps; the run itself locks its folder after a while
         with lock_folder(folder) as is_free:
             pass
-        if not (is_first and is_free):
+        if not (is_ours := is_first and is_free):
             print(f"{folder}: another process is training this trial")
-            return None
-        is_interrupted = (folder / "checkpoint.pth").exists()
-        arguments = dict(resume=folder) if is_interrupted else overrides | dict(out=str(folder))
-        return train(recipe, finish=lambda run: None, **device | arguments)  # results take longer than a short training
+        elif _accuracy(out, label, seed) is None:
+            is_interrupted = (folder / "checkpoint.pth").exists()
+            arguments = dict(resume=folder) if is_interrupted else overrides | dict(out=str(folder))
+            train(recipe, finish=add_row, **device | arguments)
+    return is_ours
 
 
 def _read_rows(out):

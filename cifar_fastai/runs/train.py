@@ -88,7 +88,6 @@ def _start_run(recipe, overrides, stack):
 
 
 def _lock(folder, stack, argument):
-    """`folder`, tidy and locked until `stack` ends. InputError where another process trains there."""
     if not stack.enter_context(lock_folder(folder)):
         raise InputError("another process is training there", **{argument: str(folder)})
     remove_leftovers(folder)

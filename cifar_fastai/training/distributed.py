@@ -43,7 +43,7 @@ def meet():
         with suppress(RuntimeError, KeyboardInterrupt):  # of a store whose process has ended
             if dist.distributed_c10d._get_default_store().add("failures", 1) > 1:
                 time.sleep(1)  # for the message of the first: torchrun ends all when one has ended
-                raise SystemExit(1)
+                raise SystemExit(1) from None
         raise
     finally:
         os.environ.update(hidden)
@@ -90,10 +90,9 @@ def spread(function, batch):
 
 @contextmanager
 def share_training(learn, sync_bn=False):
-    """Fits of `learn`, on loaders of `cifar_dls`, train one network in all processes.
+    """Fits of `learn`, on loaders of `cifar_dls`, train one network in all processes; `sync_bn`: batch norm, too.
 
-    Each takes every n-th image of a batch, so that step k sees the same images on any number of them. Losses, metrics,
-    and with `sync_bn` batch norm, are over the images of all.
+    Each takes every n-th image of a batch, so that step k sees the same images on any number of them.
     """
     if n_processes() == 1:
         yield
@@ -131,12 +130,12 @@ class _Gather(Callback):
 
     def after_loss(self):
         if self.training:
-            self.learn.loss = _Sum.apply(self.loss.detach()) / n_processes()
+            self.learn.loss = _SumOverAll.apply(self.loss.detach()) / n_processes()
 
     def after_train(self):
         for metric in self.recorder._train_mets if self.training else self.recorder._valid_mets:
             sums = torch.tensor([float(metric.total), metric.count], dtype=torch.float64)  # of a `DeviceMean`
-            metric.total, metric.count = _Sum.apply(sums)
+            metric.total, metric.count = _SumOverAll.apply(sums)
 
     after_validate = after_train
 
@@ -158,9 +157,7 @@ class _Align(Callback):
             dist.broadcast(buffer, 0)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes."""
-
+class _SumOverAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         dist.all_reduce(total := x.clone(memory_format=torch.contiguous_format))
@@ -176,9 +173,9 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         pixels, n = x.to(torch.promote_types(x.dtype, torch.float32)), n_processes() * x[:, 0].numel()  # (B, C, H, W)
-        mean = _Sum.apply(pixels.sum((0, 2, 3), keepdim=True)) / n  # (1, C, 1, 1)
+        mean = _SumOverAll.apply(pixels.sum((0, 2, 3), keepdim=True)) / n  # (1, C, 1, 1)
         centred = pixels - mean
-        var = _Sum.apply(centred.square().sum((0, 2, 3), keepdim=True)) / n
+        var = _SumOverAll.apply(centred.square().sum((0, 2, 3), keepdim=True)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.flatten(), self.momentum)

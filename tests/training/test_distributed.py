@@ -85,8 +85,8 @@ def test_ten_steps_in_float64_are_those_of_one_process(tiny_images, tiny_model, 
     assert two[0][1] == two[1][1]
 
 
-@pytest.mark.parametrize("opt", ["sgd", "muon"])
-def test_a_step_of_resnet18(tiny_images, tmp_path, opt):
+@pytest.mark.parametrize("opt, width", [("sgd", 16), ("muon", 16), pytest.param("sgd", 64, marks=pytest.mark.slow)])
+def test_a_step_of_resnet18(tiny_images, tmp_path, opt, width):
     first, train = tiny_images.images[:16], tiny_images.labels[:16]
     images = replace(
         tiny_images,
@@ -95,8 +95,8 @@ def test_a_step_of_resnet18(tiny_images, tmp_path, opt):
         n_train=16,
     )
     torch.manual_seed(0)
-    options = dict(n_epochs=1, bs=16, opt=opt, lr=0.01, width=16)
-    fit_one = partial(fit, images, create_model("resnet18", 3, 16), **options)
+    options = dict(n_epochs=1, bs=16, opt=opt, lr=0.01)
+    fit_one = partial(fit, images, create_model("resnet18", 3, width), **options)
     two, one = in_two(tmp_path, fit_one), fit_one()
     assert largest_difference(one[0], two[0][0]) < 1e-4
     assert largest_difference(two[0][0], two[1][0]) == 0
@@ -120,11 +120,15 @@ def test_a_range_test_sees_the_loss_of_the_whole_batch(tiny_images, tiny_model, 
     assert one == other and len(one) > 10
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_spread(tmp_path, k):
-    matrices = torch.randn(k, 12, 8)
-    for result in in_two(tmp_path, spread, orthogonalised, matrices):
-        assert torch.allclose(result, orthogonalised(matrices), atol=1e-6)
+def spread_each(batches):
+    return [spread(orthogonalised, batch) for batch in batches]
+
+
+def test_spread(tmp_path):
+    batches = [torch.randn(k, 12, 8) for k in (1, 2, 5)]
+    for results in in_two(tmp_path, spread_each, batches):
+        for result, batch in zip(results, batches, strict=True):
+            assert torch.allclose(result, orthogonalised(batch), atol=1e-6)
 
 
 def decode_and_write(folder, source):
