@@ -72,9 +72,7 @@ def _work(plan, recipe, out, runs, storage, n, k):
     for label, seed, overrides in _in_turn(plan, storage, out):
         if _accuracy(out, label, seed) is None:
             with redirect_stdout(sys.stdout if n == 1 else None):
-                is_ours = _train_trial(label, seed, overrides, recipe, out, runs, device)
-            if is_ours:
-                print(f"{label}, seed {seed}: {_accuracy(out, label, seed):.2%}", flush=True)
+                _train_trial(label, seed, overrides, recipe, out, runs, device)
 
 
 def _in_turn(plan, storage, out):
@@ -104,7 +102,7 @@ def _accuracy(out, label, seed):
 
 
 def _train_trial(label, seed, overrides, recipe, out, runs, device):
-    """Train a trial in a folder named by its settings, and write its row; whether no other process trains it."""
+    """Train a trial in a folder named by its settings, and write its row, unless another process trains it."""
     key = json.dumps([recipe, overrides], sort_keys=True, default=str)
     folder = runs / hashlib.sha256(key.encode()).hexdigest()[:12]
 
@@ -115,6 +113,7 @@ def _train_trial(label, seed, overrides, recipe, out, runs, device):
             rows.loc[len(rows)] = [label, seed, epochs[-1]["valid_accuracy"], seconds]
             with atomic_write(out) as file:
                 rows.to_csv(file, index=False, lineterminator="\n")
+        print(f"{label}, seed {seed}: {epochs[-1]['valid_accuracy']:.2%}", file=sys.__stdout__, flush=True)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +122,12 @@ def _train_trial(label, seed, overrides, recipe, out, runs, device):
     with lock_folder(folder, ".sweep.lock") as is_first:  # of sweeps; the run itself locks its folder after a while
         with lock_folder(folder) as is_free:
             pass
-        if not (is_ours := is_first and is_free):
+        if not (is_first and is_free):
             print(f"{folder}: another process is training this trial")
         elif _accuracy(out, label, seed) is None:
             is_interrupted = (folder / "checkpoint.pth").exists()
             arguments = dict(resume=folder) if is_interrupted else overrides | dict(out=str(folder))
             train(recipe, finish=add_row, **device | arguments)
-    return is_ours
 
 
 def _read_rows(out):
