@@ -208,7 +208,7 @@ def _describe(error):
         return f"{place}{error.strerror}{_resume_hint(error)}"
     lines = (str(error).strip() or "no message").splitlines()
     first = lines[-1].strip() if lines[0].startswith("Exception occured in") else lines[0]  # fastai puts that in front
-    return f"{type(error).__name__}: {first} (the traceback: --debug)"
+    return f"{type(error).__name__}: {first} (the traceback: --debug){_resume_hint(error)}"
 
 
 def _as_words(name, value):
@@ -222,7 +222,10 @@ def _as_words(name, value):
 def _resume_hint(error):
     """How to go on after an error that carries `resume`: the folder of its run, or words."""
     resume = getattr(error, "resume", None)
-    words = [*_split_command_line()[0], flag("resume"), str(resume)]
+    words, n = _split_command_line()[0], os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    if n != "1":
+        words = ["torchrun", "--nproc_per_node", n, *(["--no-python", *words] if _is_script() else words[1:])]
+    words += [flag("resume"), str(resume)]
     command = shlex.join(words) if isinstance(resume, Path) else resume
     return f"; go on with: {command}" if resume else ""
 

@@ -83,13 +83,15 @@ def sweep(
     valid_pct: float = 0.1,  # Fraction of train for validation; the test split is never read
     out: str = "sweep.csv",  # The csv file; trials that have a row in it are skipped, interrupted ones go on
     runs: str = "runs/sweep",  # Folder for the runs themselves
+    workers: int = None,  # Trials that are trained side by side (default: one for each GPU)
+    storage: str = None,  # The file of an Optuna journal, for machines with csv files of their own
 ):
     """Train every setting with every seed and write its validation accuracy and seconds to a csv file."""
     trials = read_settings(settings)
 
     from cifar_fastai.runs.sweep import sweep
 
-    sweep(trials, seeds, valid_pct, out, runs)
+    sweep(trials, seeds, valid_pct, out, runs, workers=workers, storage=storage)
 
 
 def data(

@@ -8,25 +8,25 @@ import tempfile
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from cifar_fastai.errors import InputError, reason
 
-__all__ = [
-    "TEMPORARY",
-    "atomic_write",
-    "check_regular",
-    "lock_folder",
-    "private_folder",
-    "read_json",
-    "remove_leftovers",
-    "user_folder",
-    "write_json",
-]
-
 TEMPORARY = f".{'[0-9a-f]' * 32}.tmp"  # what `atomic_write` writes to, as a pattern
+_state = SimpleNamespace(writes=True)
+
+
+@contextmanager
+def writing(is_allowed):
+    """Whether `atomic_write` writes in this block: of several processes that do the same, only one may."""
+    before, _state.writes = _state.writes, is_allowed
+    try:
+        yield
+    finally:
+        _state.writes = before
 
 
 @contextmanager
@@ -34,11 +34,15 @@ def atomic_write(path, mode="w"):
     """Open a file that gets the name `path` only when the block ends without an error; `mode` is "w" (UTF-8) or "wb".
 
     A reader finds the complete old file or the complete new one, also after a crash: the data reach the disk before
-    the name does. Raises OSError with `path` as its file name.
+    the name does. Raises OSError with `path` as its file name. In `writing(False)` nothing is written.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path` plus a suffix could be too long a name
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if not _state.writes:
+        with open(os.devnull, mode, **text) as file:
+            yield file
+        return
     try:
         # O_EXCL never follows a link; 0o666 is reduced by the user's umask, as for any file
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

@@ -1,4 +1,4 @@
-"""What a run computes on: the device, its precision, its name, and the versions that a result depends on."""
+"""What a run computes on: processes, device, precision, their names, and the versions that a result depends on."""
 
 import ctypes
 import platform
@@ -7,14 +7,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from cifar_fastai.errors import InputError
 from cifar_fastai.settings import check_values
 
-__all__ = ["autocast", "choose_device", "choose_precision", "hardware_name", "keep_freed_memory", "versions"]
-
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # as numbered in glibc's malloc.h
+
+
+def n_processes():
+    """How many processes train together: those that `training.distributed.meet` has joined, else 1."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank():
+    """The number of this process among those that train together, from 0."""
+    return distributed.get_rank() if n_processes() > 1 else 0
 
 
 def choose_device(device="auto"):

@@ -15,8 +15,6 @@ from typing import get_args
 
 from cifar_fastai.errors import InputError, check_choice
 
-__all__ = ["OPTIONS", "PLACES", "Settings", "check_values", "choices", "resolve"]
-
 YES_NO = ("yes", "no")
 TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop", "muon")
 FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equivalent
@@ -131,6 +129,9 @@ class Settings:
     seed: int | None = option(42, "Seed of weights, order and augmentation", **SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICE, identity=False)
     precision: str = option("auto", "Precision", choices=("auto", "fp32", "fp16", "bf16"))
+    sync_bn: str = option(
+        "auto", "Batch norm over all processes; auto: below 64 images each", choices=("auto", *YES_NO)
+    )
     compile: str = option("auto", "torch.compile; on a CPU in fp32 with Winograd", choices=("auto", *YES_NO))
     out: str | None = option(None, "The run's folder (default: runs/<recipe>-<date>-<time>)", identity=False)
     log: str | None = option(None, "Loggers, separated by commas: tensorboard, wandb (Weights & Biases)", pattern=LOGS)

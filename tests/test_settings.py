@@ -115,6 +115,7 @@ BAD = """
 --precision fp8                                 | --precision fp8: no such name; did you mean fp
 --precision fp16 --device cpu                   | --precision fp16: not available on a CPU; use bf16 or fp32
 --compile true                                  | --compile true: no such name; choose from auto, yes, no
+--sync-bn true                                  | --sync-bn true: no such name; choose from auto, yes, no
 --data=                                         | --data '': must be printable and not empty
 --out=                                          | --out '': must be printable and not empty
 --log tensorbord                                | --log tensorbord: give tensorboard or wandb, or both

@@ -108,19 +108,31 @@ ACTIONS = {
 }
 
 
-def main(args, cwd, outputs, at=None, place=None, tiny=True, pictures=False, cache=None, second=None, closed=()):
+def main(
+    args,
+    cwd,
+    outputs,
+    at=None,
+    place=None,
+    tiny=True,
+    pictures=False,
+    cache=None,
+    second=None,
+    closed=(),
+    environment=(),
+):
     """The process of a run with the command line `args`; stdout and stderr go to the files `outputs`.
 
     `at="step 7 KILL"` acts at the 7th step (POINTS, ACTIONS); `place` is the folder that an action needs. The run's
     last checkpoint is kept as last.pth in `cwd`. `second` replaces the time of day, `tiny=False` uses the real network,
-    and the descriptors in `closed` are closed.
+    and the descriptors in `closed` are closed. `environment`: variables, as of torchrun.
     """
     for descriptor, path in enumerate((os.devnull, *outputs)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), descriptor)
     os.chdir(cwd)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process would have it ignored
-    os.environ["CIFAR_FASTAI_CACHE"] = str(cache)
+    os.environ.update(CIFAR_FASTAI_CACHE=str(cache), **{name: str(value) for name, value in dict(environment).items()})
     if tiny:
         use_tiny_net()
     if not pictures:

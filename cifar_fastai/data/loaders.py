@@ -91,7 +91,7 @@ class ArrayDL(TfmdDL):
     nothing to do. Anything else (files, PIL images, the user's item transforms) goes the usual way, item by item.
     """
 
-    whole_batches = True
+    whole_batches, part = True, slice(None)  # `part` of each batch: a process's share
 
     def __init__(self, dataset, bs=64, shuffle=False, num_workers=0, **kwargs):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
@@ -113,8 +113,9 @@ class ArrayDL(TfmdDL):
             for batch in torch.from_numpy(rows[positions]).to(device).split(self.bs):  # (B,)
                 if len(batch) < self.bs and self.drop_last:
                     return
-                x = TensorImage(images[batch])  # (B, 3, H, W) uint8
-                yield (x, TensorCategory(labels[batch])) if len(self.dataset.tls) == 2 else (x,)
+                if len(batch := batch[self.part]):
+                    x = TensorImage(images[batch])  # (B, 3, H, W) uint8
+                    yield (x, TensorCategory(labels[batch])) if len(self.dataset.tls) == 2 else (x,)
 
     def after_iter(self):
         for tfm in self.after_batch.fs if self.dataset.split_idx == 0 else ():

@@ -14,6 +14,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from cifar_fastai.errors import InputError, check_choice, reason
 from cifar_fastai.evaluation.tta import PLAIN, TTA, view
 from cifar_fastai.files import atomic_write, check_regular
+from cifar_fastai.hardware import n_processes, rank
+from cifar_fastai.training.distributed import gathered
 
 COLUMNS = dict(index=np.int64, target=object, predicted=object, confidence=np.float32, loss=np.float32)
 
@@ -185,7 +187,7 @@ def predict(learn, dl=None, tta=None):
 
     The learner's callbacks, device, precision, compilation and loss function (label smoothing included) apply. For
     the train images without augmentation use `learn.dls.test_dl(items, with_labels=True)`. Raises InputError for an
-    unknown `tta` and for a `dl` without images or labels.
+    unknown `tta` and for a `dl` without images or labels. Several processes share the images, and all get the result.
     """
     ttas = tuple(tta) if isinstance(tta, (tuple, list)) else (tta,)
     for name in ttas:
@@ -195,12 +197,18 @@ def predict(learn, dl=None, tta=None):
         raise InputError("there are no images to predict: an exported learner holds none; pass a DataLoader as `dl`")
     if len(getattr(dl.dataset, "tls", "xy")) < 2:
         raise InputError("the images of `dl` have no labels: use dls.test_dl(items, with_labels=True)")
-    views, dl = _Views(ttas), dl.new(shuffle=False, drop_last=False)
+    views, rows = _Views(ttas), range(len(dl.dataset))[rank() :: n_processes()]
+    dl = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: list(rows))
     _, targets, _ = learn.get_preds(dl=dl, with_preds=False, with_loss=True, reorder=False, cbs=views)
-    targets, classes = targets.long().numpy().reshape(-1), tuple(map(str, learn.dls.vocab))
+    order = np.concatenate(gathered(rows)).argsort()
+
+    def whole(tensor):
+        return np.concatenate(gathered(tensor.cpu().as_subclass(torch.Tensor).numpy()))[order]
+
+    targets, classes = whole(targets.long().reshape(-1)), tuple(map(str, learn.dls.vocab))
     results = []
     for arrays in map(views.results.get, ttas):
-        probs, losses = (torch.cat(batches).cpu().as_subclass(torch.Tensor).numpy() for batches in arrays)
+        probs, losses = (whole(torch.cat(batches)) for batches in arrays)
         results.append(Predictions(probs, targets, losses, np.arange(len(targets)), classes))
     return tuple(results) if isinstance(tta, (tuple, list)) else results[0]
 

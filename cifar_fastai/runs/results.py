@@ -18,6 +18,7 @@ from cifar_fastai.evaluation.gradcam import PER_CHANNEL, default_layer
 from cifar_fastai.evaluation.predictions import images_at
 from cifar_fastai.evaluation.tta import TTA
 from cifar_fastai.files import atomic_write, write_json
+from cifar_fastai.hardware import rank
 from cifar_fastai.plots.charts import plot_confusion_matrix
 from cifar_fastai.plots.galleries import plot_tiles
 from cifar_fastai.plots.style import save_figure
@@ -25,8 +26,6 @@ from cifar_fastai.report.page import write_report
 from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
 from cifar_fastai.training.recorder import HISTORY_COLUMNS, ConsoleProgress, console_bar, in_epochs
-
-__all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
 
 MAX_TILES = 4000  # errors that are explained; the page keeps the worst of them, up to its size limit
 
@@ -43,6 +42,8 @@ def write_results(run, command_line=None):
         print(f"\nevaluating {len(dl.dataset):,} {split} images{views}", flush=True)
         with learn.added_cbs(ConsoleProgress()):
             plain, *tta = predict(learn, dl, (None,) if s.no_tta else (None, "flip", "shift"))
+        if rank():  # what follows is for the first process
+            return
         plain.to_csv(folder / "predictions.csv")
         save_torch(folder / "model.pth", learn.model.state_dict())
         export(learn, folder / "learner.pkl")

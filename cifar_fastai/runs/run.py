@@ -17,7 +17,7 @@ from cifar_fastai.data.images import CIFAR10
 from cifar_fastai.data.loaders import augmentations, default_bs, split_rows
 from cifar_fastai.errors import InputError, printable
 from cifar_fastai.files import write_json
-from cifar_fastai.hardware import choose_device, choose_precision, hardware_name, versions
+from cifar_fastai.hardware import choose_device, choose_precision, hardware_name, n_processes, versions
 from cifar_fastai.runs.folder import read_config
 from cifar_fastai.settings import PLACES, Settings, choices
 from cifar_fastai.training.callbacks import ClipValue, L1Penalty, StopOnBadLoss, WeightAverage
@@ -47,6 +47,7 @@ class Run:
     precision_reason: str = ""
     compiled: bool = False
     compile_reason: str = ""
+    sync_bn: bool = False  # batch norm is over the images of all processes
     suggestions: dict | None = None  # of the range test
     folder: Path | None = None
     checkpoint: dict | None = None  # where a resumed run goes on
@@ -98,8 +99,9 @@ class Run:
 
     @cached_property
     def machine(self):
-        """The hardware's name and the versions of the software."""
-        return hardware_name(self.device), versions()
+        """The hardware's name, with the number of processes, and the versions of the software."""
+        processes = f", {n_processes()} processes" if n_processes() > 1 else ""
+        return hardware_name(self.device) + processes, versions()
 
     def write_config(self):
         write_json(self.folder / "config.json", self.config)
@@ -107,7 +109,10 @@ class Run:
 
 def suit_data(settings, overrides, n_train):
     """(bs, lr) for `n_train` images: a default batch size is lowered to 20 steps an epoch, a default rate with it."""
-    bs = settings.bs if "bs" in overrides else default_bs(settings.bs, n_train)
+    n = n_processes()  # whose shares have one size
+    bs = settings.bs if "bs" in overrides else max(1, default_bs(settings.bs, n_train) // n) * n
+    if bs % n:
+        raise InputError(f"must be a multiple of {n}, the number of processes", bs=bs)
     if bs == settings.bs or "lr" in overrides or settings.lr == "find":
         return bs, settings.lr
     # smaller batches are noisier: for SGD this is Goyal and others' linear rule, arXiv:1706.02677

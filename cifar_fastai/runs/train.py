@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cifar_fastai.data.images import DIGITS, load_images
 from cifar_fastai.errors import InputError, RunError, check_extra, escaped, printable, reason, renamed
 from cifar_fastai.files import lock_folder, remove_leftovers
-from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory
+from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory, n_processes, rank
 from cifar_fastai.plots.style import save_figure
 from cifar_fastai.recipes import resolve_recipe
 from cifar_fastai.runs.folder import make_folder, picture_path
@@ -25,13 +25,12 @@ from cifar_fastai.settings import PLACES, Settings, check_values
 from cifar_fastai.training.callbacks import KeepBest
 from cifar_fastai.training.checkpoint import Checkpoint, latest_unfinished, load_checkpoint
 from cifar_fastai.training.compiling import choose_compile, compile_model
+from cifar_fastai.training.distributed import from_first, gathered, meet, one_first, share_training
 from cifar_fastai.training.loggers import LOGGERS
 from cifar_fastai.training.range_test import check_range, range_test
 from cifar_fastai.training.recorder import ConsoleProgress, in_epochs
 from cifar_fastai.training.schedule import fit_scheduled
 from cifar_fastai.training.signals import StopOnSignal, Stopped, catch_signals
-
-__all__ = ["find_lr", "train"]
 
 
 def train(recipe="resnet18", resume=None, finish=write_results, **overrides):
@@ -40,10 +39,11 @@ def train(recipe="resnet18", resume=None, finish=write_results, **overrides):
     `resume`: the folder of an interrupted run, or "latest". `finish` gets the trained `Run` and writes its results.
     Returns the run's folder. Raises InputError for what cannot be used, RunError if the run cannot go on, Stopped after
     a signal; every finished epoch is kept, and `resume` continues from there. On a CPU the process keeps the memory
-    that it frees from here on.
+    that it frees from here on. Processes that torchrun or accelerate has started train one network: each of them calls
+    `finish`, and the first alone prints and writes.
     """
-    with catch_signals(), ExitStack() as stack:
-        folder = None if resume is None else _unfinished_run(resume, recipe)
+    with catch_signals(), meet(), ExitStack() as stack:
+        folder = from_first(lambda: None if resume is None else _unfinished_run(resume, recipe))
         try:
             run = _resume_run(recipe, overrides, folder, stack) if folder else _start_run(recipe, overrides, stack)
             folder = run.folder
@@ -51,8 +51,9 @@ def train(recipe="resnet18", resume=None, finish=write_results, **overrides):
             run.write_config()
             _fit(run)
             finish(run)
-            (folder / "checkpoint.pth").unlink(missing_ok=True)
-        except (Stopped, OSError) as error:
+            if rank() == 0:
+                (folder / "checkpoint.pth").unlink(missing_ok=True)
+        except (Stopped, OSError, RuntimeError) as error:
             if folder and os.path.exists(folder / "checkpoint.pth"):
                 error.resume = folder
             raise
@@ -82,10 +83,15 @@ def _start_run(recipe, overrides, stack):
     """A new run: everything is checked before its folder is made."""
     settings, overrides = resolve_recipe(recipe, overrides)
     run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
-    run.folder = make_folder(recipe, settings.out, run.images.source)
-    if not stack.enter_context(lock_folder(run.folder)):
-        raise InputError("another process is training there; choose another folder", out=str(run.folder))
+    run.folder = from_first(lambda: _lock(make_folder(recipe, settings.out, run.images.source), stack, "out"))
     return run
+
+
+def _lock(folder, stack, argument):
+    if not stack.enter_context(lock_folder(folder)):
+        raise InputError("another process is training there", **{argument: str(folder)})
+    remove_leftovers(folder)
+    return folder
 
 
 def _unfinished_run(resume, recipe):
@@ -99,10 +105,8 @@ def _unfinished_run(resume, recipe):
 
 def _resume_run(recipe, overrides, folder, stack):
     """A run that goes on from its checkpoint, with the settings it was started with."""
-    if not stack.enter_context(lock_folder(folder)):
-        raise InputError("another process is training this run", resume=str(folder))
     path = folder / "checkpoint.pth"
-    checkpoint = load_checkpoint(path)
+    checkpoint = from_first(lambda: load_checkpoint(_lock(folder, stack, "resume") / path.name))
     config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
     if checkpoint["recipe"] != recipe:
         name = f"the recipe {printable(checkpoint['recipe'])}" if checkpoint["recipe"] else "a notebook"
@@ -116,7 +120,8 @@ def _resume_run(recipe, overrides, folder, stack):
     except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not hold the parameters of a run ({reason(error)})") from None
     _refuse_changes(overrides, settings, original | {"out": str(folder)})
-    images = load_same_images(config, settings, overrides.get("data"), exact=True)
+    with one_first():
+        images = load_same_images(config, settings, overrides.get("data"), exact=True)
     if overrides.get("data") is not None:  # they have moved
         moved = check_values(data=overrides["data"])
         settings, original = replace(settings, **moved), original | moved
@@ -128,7 +133,6 @@ def _resume_run(recipe, overrides, folder, stack):
     run.suggestions = config.get("lr_find")
     if checkpoint["finished_epochs"]:  # nothing is left to compile for
         run.compiled = config.get("compiled", False)
-    remove_leftovers(folder)
     print(f"going on with {escaped(folder)} after epoch {checkpoint['epoch']} of {settings.epochs}", flush=True)
     return run
 
@@ -152,7 +156,10 @@ def _prepare_run(recipe, settings, overrides, device, precision=None, images=Non
         check_extra(name, name)
     if device.type == "cpu":
         keep_freed_memory()
-    images = images or load_images(settings.data, size=settings.size)
+    with one_first():
+        images = images or load_images(settings.data, size=settings.size)
+    if n_processes() > 1 and len({*gathered(images.fingerprint)}) > 1:
+        raise InputError("the processes do not find the same images there", data=settings.data)
     if images.note:
         print(f"\n*** {images.note} ***\n", flush=True)
     if settings.data == "auto" and images.name == DIGITS:  # the run's own command, and a resumed run, use them again
@@ -165,6 +172,9 @@ def _prepare_run(recipe, settings, overrides, device, precision=None, images=Non
             check_layers(run.learn, settings.cam_layer, settings.cam_method)
     n_images = settings.epochs * len(run.learn.dls.train) * run.bs
     run.compiled, run.compile_reason = choose_compile(settings.compile, device, n_images)
+    run.sync_bn = n_processes() > 1 and settings.sync_bn in ("yes", "auto" if run.bs < 64 * n_processes() else "yes")
+    if run.sync_bn:
+        run.compiled, run.compile_reason = False, "batch norm is synchronised"
     return run
 
 
@@ -182,7 +192,9 @@ def _print_header(run):
     print(f"{run.machine[0]}: {run.precision} ({run.precision_reason}), {compiled} ({run.compile_reason})")
     if run.checkpoint and (changes := _machine_changes(run)):
         print(f"the last digits may differ from those of a run in one piece: {changes}")
-    print(f"{in_epochs(s.epochs)} of {len(dls.train)} steps of {run.bs}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
+    n, norms = n_processes(), ", batch norm over all" if run.sync_bn else ""
+    steps = f"{len(dls.train)} steps of {run.bs}" + (f", {n} processes x {run.bs // n}{norms}" if n > 1 else "")
+    print(f"{in_epochs(s.epochs)} of {steps}; {s.opt}, {s.sched}, lr {lr}; seed {s.seed}")
     print(f"files: {escaped(run.folder)}", flush=True)
 
 
@@ -213,14 +225,15 @@ def _train(run):
     s, learn, checkpoint = run.settings, run.learn, run.checkpoint
     if run.compiled and not (checkpoint and checkpoint["finished_epochs"]):
         _compile(run)
-    with learn.no_logging(), learn.no_bar():
+    with learn.no_logging(), learn.no_bar(), share_training(learn, run.sync_bn):
         if run.lr == "find":
             _find_lr(run)
         meta = dict(config=run.config, given=run.overrides, recipe=run.recipe, fingerprint=run.images.fingerprint)
         cbs = [Checkpoint(run.folder / "checkpoint.pth", meta, checkpoint), StopOnSignal(), ConsoleProgress()]
         if s.save_best or s.patience:
             cbs.append(KeepBest(run.folder / "best.pth" if s.save_best else None, s.patience))
-        cbs += [LOGGERS[name](run.folder, run.parameters) for name in s.loggers]
+        if rank() == 0:
+            cbs += [LOGGERS[name](run.folder, run.parameters) for name in s.loggers]
         fit_scheduled(learn, s, run.lr, cbs)
 
 
@@ -242,9 +255,8 @@ def _fitting_bs(run):
             torch.cuda.empty_cache()
         try:
             with autocast(run.device, run.precision):
-                out = learn.model.train().forward(
-                    torch.zeros(bs, *run.images.images.shape[1:], device=run.device)
-                )  # (bs, classes)
+                images = torch.zeros(bs, *run.images.images.shape[1:], device=run.device)
+                out = learn.model.train().forward(images)  # (bs, classes)
             F.cross_entropy(out.float(), torch.zeros(bs, dtype=torch.long, device=run.device)).backward()
             return bs
         except (MemoryError, RuntimeError):
@@ -252,10 +264,8 @@ def _fitting_bs(run):
 
 
 def _compile(run):
-    start, batch = (
-        time.perf_counter(),
-        torch.zeros(run.bs, *run.images.images.shape[1:], device=run.device),
-    )  # as in training
+    start, shape = time.perf_counter(), (run.bs // n_processes(), *run.images.images.shape[1:])
+    batch = torch.zeros(shape, device=run.device)  # as in training
     failure = compile_model(run.learn.model, batch, autocast(run.device, run.precision))
     run.compiled = not failure
     run.write_config()

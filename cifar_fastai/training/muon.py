@@ -2,6 +2,8 @@
 
 import torch
 
+from cifar_fastai.training.distributed import spread
+
 
 def orthogonalised(matrices, n_steps=3):
     """Matrices (..., m, n) with their larger singular values brought near 1; the directions stay.
@@ -68,6 +70,6 @@ class Muon(torch.optim.SGD):
                 buffer.mul_(group["momentum"]).add_(grad)
                 direction = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
             directions.append(direction.flatten(1))
-        rotations = orthogonalised(torch.stack(directions))  # (len(same_shape), n_out, n_in h w)
+        rotations = spread(orthogonalised, torch.stack(directions))  # (len(same_shape), n_out, n_in h w)
         for (p, _, group), rotation in zip(same_shape, rotations, strict=True):
             p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-12)).add_(rotation.view(p.shape), alpha=-group["lr"])

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cifar_fastai.errors import InputError, check_choice, reason
 from cifar_fastai.files import atomic_write, check_regular
+from cifar_fastai.hardware import n_processes
 
 HISTORY_COLUMNS = tuple(
     "epoch train_loss train_accuracy valid_loss valid_accuracy lr images_per_second seconds".split()
@@ -217,7 +218,7 @@ class ConsoleProgress(Callback):
             self.bar = console_bar("evaluating", total=len(self.dl.dataset))
 
     def after_batch(self):
-        self.bar.update(find_bs(self.xb) * (3 if self.training else 1))
+        self.bar.update(n_processes() * find_bs(self.xb) * (3 if self.training else 1))
 
     def after_validate(self):
         self.bar.clear()
@@ -264,7 +265,7 @@ class History(FitCallback):
 
     def after_batch(self):
         if self.training and self.start_time is not None:
-            hypers, self.n_images = self.opt.hypers[-1], self.n_images + find_bs(self.xb)
+            hypers, self.n_images = self.opt.hypers[-1], self.n_images + n_processes() * find_bs(self.xb)
             self.steps.append((float(hypers["lr"]), float(hypers["mom"]) if "mom" in hypers else None))
 
     def after_train(self):

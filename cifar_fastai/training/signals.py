@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 from fastai.callback.core import Callback
 
+from cifar_fastai.hardware import n_processes, rank
+
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to stop; `resume` is the command that resumes it, once there is a checkpoint."""
 
-    def __init__(self, signum, resume=None):
+    def __init__(self, signum=signal.SIGINT, resume=None):  # a pickle sets them later
         super().__init__()
         self.signum, self.resume = signum, resume
 
@@ -26,8 +28,11 @@ def _handle(signum, frame):
     _state.signum = signum
     if not _state.in_training:
         raise Stopped(signum)
+    if n_processes() > 1 and hasattr(signal, "alarm"):
+        signal.alarm(8)  # seconds, after which the system ends a process whose step waits for one that has ended
     with suppress(OSError):
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
+        if rank() == 0:  # print is not safe in a handler
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
 
 @contextmanager

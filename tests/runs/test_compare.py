@@ -21,7 +21,7 @@ PICTURE = r'<img src="data:image/png;base64,([^"]*)" alt="Image (\d+)"><p><span 
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, tmp_path_factory):
-    """The folders of two runs on the same images, with different seeds and rates, and predictions drawn by chance."""
+    """The folders of two runs on the same images, with other seeds, rates and random predictions."""
     parent, folders = tmp_path_factory.mktemp("runs"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIFAR_FASTAI_CACHE", str(parent / "cache"))

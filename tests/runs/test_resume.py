@@ -226,7 +226,7 @@ def test_what_cannot_go_on_says_why(tiny, tmp_path, monkeypatch, stopped):
     with pytest.raises(InputError, match="a run of the recipe resnet18, not of resnet34"):
         train("resnet34", resume=str(stopped))
     with lock_folder(stopped):
-        assert refusal(tiny, stopped) == f"resume='{stopped}': another process is training this run"
+        assert refusal(tiny, stopped) == f"resume='{stopped}': another process is training there"
     (fresh := tmp_path / "fresh").mkdir()
     with lock_folder(fresh), pytest.raises(InputError, match="another process is training there"):
         tiny.train(fresh)

@@ -2,35 +2,40 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import joblib
+import optuna
 import pandas as pd
 import pytest
-from tiny_recipe import strike
+from tiny_recipe import RECIPE, strike
 from tiny_runs import history
 
+from cifar_fastai import errors
 from cifar_fastai.cli import read_settings
 from cifar_fastai.errors import InputError
 from cifar_fastai.runs import sweep as module
 from cifar_fastai.runs.sweep import COLUMNS, sweep
-from cifar_fastai.training.recorder import HISTORY_COLUMNS, write_history
+from cifar_fastai.training.recorder import HISTORY_COLUMNS
 from cifar_fastai.training.signals import Stopped
 
+SWEEP = RECIPE.with_name("sweep.py")
 EPOCH = dict.fromkeys(HISTORY_COLUMNS, 1)
 
 
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
-    """What `train` is called with; it leaves the history of a run of nothing."""
+    """What `train` is called with; it has the history of a run of nothing."""
     calls = []
 
     def train(recipe, finish, out, **overrides):
         calls.append(overrides)
-        folder = tmp_path / out
-        folder.mkdir(parents=True, exist_ok=True)
-        write_history(folder / "history.csv", [EPOCH | {"valid_accuracy": 0.25}, EPOCH | {"valid_accuracy": 0.5}])
-        return folder
+        rows = [EPOCH | {"valid_accuracy": 0.25}, EPOCH | {"valid_accuracy": 0.5}]
+        finish(SimpleNamespace(history=SimpleNamespace(rows=rows)))
 
     monkeypatch.setattr(module, "train", train)
     monkeypatch.chdir(tmp_path)
@@ -59,6 +64,51 @@ def test_two_sweeps_write_to_one_file(trials):
         thread.join()
     rows = pd.read_csv("out.csv")
     assert sorted(zip(rows["settings"], rows["seed"], strict=True)) == [(k, seed) for k in labels for seed in (1, 2, 3)]
+
+
+def test_workers_train_each_trial_once(trials):
+    with joblib.parallel_config(backend="threading"):  # processes would not have the trials of this test
+        rows = sweep([(f"trial {n}", dict(cutout=n)) for n in range(3)], "1,2", out="out.csv", workers=2)
+    assert len(rows) == len(trials) == 6
+
+
+def test_optuna_hands_out_each_trial_once_and_the_rest_is_trained_later(trials, monkeypatch):
+    plan, fails = [(f"trial {n}", dict(cutout=n)) for n in range(3)], [2]
+    train = module.train
+
+    def fail_once(*args, **kwargs):
+        if kwargs["cutout"] in fails:
+            fails.clear()
+            raise Stopped(signal.SIGTERM)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", fail_once)
+    with pytest.raises(Stopped):
+        sweep(plan, "1", out="out.csv", storage="journal")
+    assert len(trials) == 2
+    assert len(sweep(plan, "1", out="out.csv", storage="journal")) == len(trials) == 3
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("journal"))
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert [(trial.user_attrs["trial"], trial.value) for trial in done] == [
+        (["trial 0", 1], 0.5),
+        (["trial 1", 1], 0.5),
+    ]
+
+
+def test_a_missing_optuna_is_named(trials, monkeypatch):
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'optuna is not installed: pip install "cifar_fastai\[sweep\]"'):
+        sweep([("one", {})], "1", out="out.csv", storage="journal")
+
+
+@pytest.mark.slow
+def test_workers_are_processes(tmp_path):
+    (tmp_path / "list.txt").write_text("--data digits --width 16 --subset 100 --bs 20 --epochs 1 --device cpu\n")
+    command = [sys.executable, str(SWEEP), "list.txt", "--seeds", "1,2", "--workers", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 2, done.stdout
+    assert sorted(pd.read_csv(tmp_path / "sweep.csv")["seed"]) == [1, 2]
 
 
 def test_a_trial_that_another_sweep_begins_is_left_to_it(trials, monkeypatch, capsys):
