@@ -39,7 +39,7 @@ def compare_runs(runs, out="compare.html", data=None):
     settings = settings[(settings.nunique(axis=1) > 1) & ~settings.index.isin(numbers.index)]
     groups = [] if note else _disagreements(entries, data)
     if groups and not groups[0]["rows"]:
-        note = "The images are not shown: those of no run are on this machine."
+        note = "The images are not shown: the data set of these runs is not on this machine."
     context = dict(entries=entries, numbers=numbers, settings=settings, note=note, groups=groups, sheet=SHEET)
     classes = pd.DataFrame({each.letter: each.predictions.class_accuracy for each in entries}, dtype=float).dropna()
     spread = (classes.max(axis=1) - classes.min(axis=1)).sort_values(ascending=False, kind="stable")

@@ -151,6 +151,7 @@ def test_its_page_in_a_browser(visit, runs, other, tmp_path, width, dark):
     page = visit(compare_runs([*runs, other()], tmp_path / "all.html"), width, dark)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator(".tiles li").count() and page.locator("svg").count() == 2
+    assert len({round(bar.bounding_box()["width"]) for bar in page.locator(".bar:visible").all()}) <= 1
     page.add_style_tag(content=".scroll { background: var(--ground) !important }")  # axe skips words on a gradient
     result = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response
     assert [

@@ -64,6 +64,8 @@ def ask(client, file, k=2, layer="layer1", method="GradCAM", target="", alpha=0.
 def test_a_picture_in_the_browser(visit, problems, address, run, photo):
     page = visit(address)
     page.set_default_timeout(30_000)
+    for source in "Upload file", "Capture from camera", "Paste from clipboard":
+        page.get_by_role("button", name=source, exact=True).wait_for()
     page.locator("input[type=file]").first.set_input_files(photo)
     caption = page.locator(".views figcaption")
     caption.first.wait_for()
