@@ -15,6 +15,19 @@ from platformdirs import user_cache_dir
 
 from cifar_fastai.errors import InputError, reason
 
+__all__ = [
+    "TEMPORARY",
+    "atomic_write",
+    "check_regular",
+    "lock_folder",
+    "private_folder",
+    "read_json",
+    "remove_leftovers",
+    "user_folder",
+    "write_json",
+    "writing",
+]
+
 TEMPORARY = f".{'[0-9a-f]' * 32}.tmp"  # what `atomic_write` writes to, as a pattern
 _state = SimpleNamespace(writes=True)
 

@@ -12,6 +12,17 @@ from torch import distributed
 from cifar_fastai.errors import InputError
 from cifar_fastai.settings import check_values
 
+__all__ = [
+    "autocast",
+    "choose_device",
+    "choose_precision",
+    "hardware_name",
+    "keep_freed_memory",
+    "n_processes",
+    "rank",
+    "versions",
+]
+
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # as numbered in glibc's malloc.h
 

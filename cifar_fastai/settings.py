@@ -15,6 +15,8 @@ from typing import get_args
 
 from cifar_fastai.errors import InputError, check_choice
 
+__all__ = ["OPTIONS", "PLACES", "Settings", "check_values", "choices", "resolve"]
+
 YES_NO = ("yes", "no")
 TORCH_OPTIMIZERS = ("sgd", "adam", "adamw", "radam", "nadam", "rmsprop", "muon")
 FASTAI_OPTIMIZERS = ("qhadam", "larc", "lamb", "ranger")  # where torch has no equivalent

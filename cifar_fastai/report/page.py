@@ -23,6 +23,8 @@ from cifar_fastai.plots.style import BLUE, GREY, VERMILION
 from cifar_fastai.report.tiles import SHEET, data_uri
 from cifar_fastai.training.recorder import history_columns, read_history
 
+LABELS = dict(dataset="data set", tta_accuracy="with flip TTA", tta_shift_accuracy="with flip and shift TTA")
+LABELS |= dict(images_per_second="images/s", seconds="training time")
 LIMIT = 8_000_000  # bytes of a page
 FIGURES_LIMIT = 2_500_000  # bytes of its figures
 LOSSLESS_TILES = 2_500  # more lossless images would not fit
@@ -94,9 +96,10 @@ def describe_metrics(metrics):
     """What metrics.json says, for people: {name: text}, without what was not measured."""
     texts, split = {}, metrics.get("eval_split") or "valid"  # of which the numbers are that are called valid_
     for name, value in metrics.items():
-        if isinstance(value, (str, int, float)):
-            text = _number(value, ".2%") if name.endswith("accuracy") else format_value(value)
-            label = name.replace("valid", split).replace("_", " ").replace("tta", "TTA")
+        if isinstance(value, (str, int, float)) and name != "eval_split":
+            form = ",.0f" if name in ("parameters", "images_per_second") else ".2%" if name.endswith("accuracy") else ""
+            text = _number(value, form) if form else format_value(value)
+            label = LABELS.get(name) or name.replace("valid", split).replace("_", " ")
             texts[label] = _duration(value) if name == "seconds" else text
     return texts
 

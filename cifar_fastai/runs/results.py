@@ -27,6 +27,8 @@ from cifar_fastai.report.tiles import Tiles
 from cifar_fastai.training.checkpoint import save_torch
 from cifar_fastai.training.recorder import HISTORY_COLUMNS, ConsoleProgress, console_bar, in_epochs
 
+__all__ = ["check_layers", "error_tiles", "export", "network_table", "write_results"]
+
 MAX_TILES = 4000  # errors that are explained; the page keeps the worst of them, up to its size limit
 
 

@@ -18,6 +18,8 @@ from cifar_fastai.recipes import resolve_recipe
 from cifar_fastai.runs.train import train
 from cifar_fastai.training.signals import Stopped, catch_signals
 
+__all__ = ["COLUMNS", "sweep"]
+
 COLUMNS = ["settings", "seed", "valid_accuracy", "seconds"]
 
 

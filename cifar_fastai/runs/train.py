@@ -32,6 +32,8 @@ from cifar_fastai.training.recorder import ConsoleProgress, in_epochs
 from cifar_fastai.training.schedule import fit_scheduled
 from cifar_fastai.training.signals import StopOnSignal, Stopped, catch_signals
 
+__all__ = ["find_lr", "train"]
+
 
 def train(recipe="resnet18", resume=None, finish=write_results, **overrides):
     """Train, evaluate and explain one network: the recipe of this name with `overrides`, parameters of `Settings`.

@@ -17,6 +17,8 @@ from cifar_fastai.errors import check_extra
 from cifar_fastai.files import writing
 from cifar_fastai.hardware import n_processes, rank
 
+__all__ = ["from_first", "gathered", "meet", "one_first", "share_training", "spread"]
+
 
 @contextmanager
 def meet():

@@ -66,7 +66,7 @@ def test_the_table_has_what_differs_and_the_page_what_one_gets_right(runs, tiny_
     assert lines[:2] == ["A: seed1", "B: seed2"] and lines[-1] == f"page: {tmp_path / 'both.html'}"
     assert table["seed"] == ["1", "2"] and table["lr"] == ["0.1", "0.2"] and "bs" not in table
     accuracies = [f"{1 - wrong(run).mean():.2%}".removesuffix("%") for run in runs]
-    assert table["test accuracy"] == [accuracies[0], "%", accuracies[1], "%"] and "seconds" in table
+    assert table["test accuracy"] == [accuracies[0], "%", accuracies[1], "%"] and "training time" in table
     only_a, only_b = ~wrong(runs[0]) & wrong(runs[1]), wrong(runs[0]) & ~wrong(runs[1])
     assert only_a.any() and only_b.any()
     images, found = load_images(tiny_folder, progress=False), {"A": [], "B": []}
