@@ -163,7 +163,8 @@ def _write_wheel(package, folder):
     paths = [path for path in sorted(root.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
     files = {f"cifar_fastai/{path.relative_to(root).as_posix()}": path.read_bytes() for path in paths}
     about = "Wheel-Version: 1.0\nGenerator: cifar_fastai\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files |= {f"{name}.dist-info/METADATA": package.read_text("METADATA").encode()}
+    metadata = package.read_text("METADATA") or package.read_text("PKG-INFO")  # the latter in a checkout
+    files |= {f"{name}.dist-info/METADATA": metadata.encode()}
     files |= {f"{name}.dist-info/WHEEL": about.encode()}
     digests = {path: base64.urlsafe_b64encode(hashlib.sha256(file).digest()) for path, file in files.items()}
     rows = [f"{path},sha256={digest.decode().rstrip('=')},{len(files[path])}\n" for path, digest in digests.items()]
