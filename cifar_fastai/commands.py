@@ -84,7 +84,7 @@ def sweep(
     out: str = "sweep.csv",  # The csv file; trials that have a row in it are skipped, interrupted ones go on
     runs: str = "runs/sweep",  # Folder for the runs themselves
     workers: int = None,  # Trials that are trained side by side (default: one for each GPU)
-    storage: str = None,  # The file of an Optuna journal, for machines with csv files of their own
+    storage: str = None,  # The file of an Optuna journal that hands out the trials to several machines
 ):
     """Train every setting with every seed and write its validation accuracy and seconds to a csv file."""
     trials = read_settings(settings)

@@ -197,13 +197,18 @@ def predict(learn, dl=None, tta=None):
         raise InputError("there are no images to predict: an exported learner holds none; pass a DataLoader as `dl`")
     if len(getattr(dl.dataset, "tls", "xy")) < 2:
         raise InputError("the images of `dl` have no labels: use dls.test_dl(items, with_labels=True)")
-    views, rows = _Views(ttas), range(len(dl.dataset))[rank() :: n_processes()]
-    dl = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: list(rows))
+    views, dl, n = _Views(ttas), dl.new(shuffle=False, drop_last=False), n_processes()
+    if n > 1:
+        rows = list(dl.get_idxs())[rank() :: n]
+        dl = dl.new(get_idxs=lambda: rows)
     _, targets, _ = learn.get_preds(dl=dl, with_preds=False, with_loss=True, reorder=False, cbs=views)
-    order = np.concatenate(gathered(rows)).argsort()
 
     def whole(tensor):
-        return np.concatenate(gathered(tensor.cpu().as_subclass(torch.Tensor).numpy()))[order]
+        parts = gathered(tensor.cpu().as_subclass(torch.Tensor).numpy())
+        array = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        for k, part in enumerate(parts):
+            array[k::n] = part
+        return array
 
     targets, classes = whole(targets.long().reshape(-1)), tuple(map(str, learn.dls.vocab))
     results = []

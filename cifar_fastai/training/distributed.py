@@ -77,15 +77,18 @@ def one_first():
 
 
 def spread(function, batch):
-    """`function(batch)`, which treats the K items of a tensor one by one: each process computes its share."""
+    """`function(batch)`, which treats the K items of a tensor one by one and keeps its shape.
+
+    Each process computes a share of the items; there is none for some where K is smaller than their number.
+    """
     if n_processes() == 1:
         return function(batch)
-    size = -(-len(batch) // n_processes())
-    filler = batch[-1:].expand(size * n_processes() - len(batch), *batch.shape[1:])  # all shares have one size
-    own = function(torch.cat([batch, filler]).split(size)[rank()]).contiguous()
-    parts = [torch.empty_like(own) for _ in range(n_processes())]
-    dist.all_gather(parts, own)
-    return torch.cat(parts)[: len(batch)]
+    shares = [share.clone() for share in batch.split(-(-len(batch) // n_processes()))]
+    if rank() < len(shares):
+        shares[rank()] = function(shares[rank()]).contiguous()
+    for work in [dist.broadcast(share, k, async_op=True) for k, share in enumerate(shares)]:
+        work.wait()
+    return torch.cat(shares)
 
 
 @contextmanager

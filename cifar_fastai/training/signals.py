@@ -50,6 +50,8 @@ def catch_signals():
             signal.signal(signum, _handle)
         yield
     finally:
+        if _state.signum is not None and n_processes() > 1 and hasattr(signal, "alarm"):
+            signal.alarm(0)  # the step has ended
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 

@@ -100,6 +100,11 @@ def test_other_loaders(learn, tiny_images):
     np.testing.assert_allclose(predict(learn).probs.sum(1), 1, rtol=1e-5)
 
 
+def test_a_loader_keeps_the_rows_that_it_names(learn):
+    few = learn.dls.valid.new(get_idxs=lambda: [2, 0])
+    np.testing.assert_allclose(predict(learn, few).probs, predict(learn).probs[[2, 0]], rtol=1e-5)
+
+
 def test_images_at(learn, tiny_images):
     """Pixels are exact; of every loader, shuffled and augmented ones included, the images are as predict sees them."""
     x, images = images_at(learn.dls.valid, [3, 17, 0])

@@ -121,14 +121,22 @@ def test_a_range_test_sees_the_loss_of_the_whole_batch(tiny_images, tiny_model, 
 
 
 def spread_each(batches):
-    return [spread(orthogonalised, batch) for batch in batches]
+    sizes = []
+
+    def rotate(batch):
+        sizes.append(len(batch))
+        return orthogonalised(batch)
+
+    return [spread(rotate, batch) for batch in batches], sizes
 
 
-def test_spread(tmp_path):
+def test_spread_computes_each_item_once(tmp_path):
     batches = [torch.randn(k, 12, 8) for k in (1, 2, 5)]
-    for results in in_two(tmp_path, spread_each, batches):
+    two = in_two(tmp_path, spread_each, batches)
+    for results, _ in two:
         for result, batch in zip(results, batches, strict=True):
             assert torch.allclose(result, orthogonalised(batch), atol=1e-6)
+    assert [sizes for _, sizes in two] == [[1, 1, 3], [1, 2]]
 
 
 def decode_and_write(folder, source):
