@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import socket
 import sys
 from functools import lru_cache
 from importlib.metadata import distribution
@@ -16,7 +17,7 @@ from PIL import Image
 
 from cifar_fastai.data.decode import MAX_PHOTO_BYTES
 from cifar_fastai.data.photos import load_image
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, reason
 from cifar_fastai.evaluation.gradcam import METHODS, MIN_MAP, cam_layers, default_layer, gradcam
 from cifar_fastai.evaluation.image_files import class_probs, image_batch
 from cifar_fastai.evaluation.predictions import Predictions
@@ -41,8 +42,10 @@ SORTS = ["highest loss", "lowest loss", "highest confidence", "lowest confidence
 def serve_demo(run, host=None, port=None, data=None, device="auto"):
     """Serve the page of a finished run, by default on 127.0.0.1 and the first free port from 7860, until Ctrl-C.
 
-    The page asks no other host for anything. `data`: where the images are, if they have moved. InputError for no run.
+    The page asks no other host for anything. `data`: where the images are, if they have moved. InputError for no run,
+    and for an address that cannot be served at.
     """
+    _check_address(host, port)
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none of them is loaded
     look = dict(theme=gr.themes.Default(primary_hue="blue", **fonts), css=get_template("demo.css").render())
     page, look["footer_links"] = build_page(run, data, device), []
@@ -50,6 +53,17 @@ def serve_demo(run, host=None, port=None, data=None, device="auto"):
     page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **look, **limits)
     print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
     page.block_thread()
+
+
+def _check_address(host, port):
+    """InputError unless a server can listen there; Gradio tries a hundred ports, with a complaint for each."""
+    host = host or "127.0.0.1"
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]
+        socket.create_server((address[0], port or 0, *address[2:]), family=family).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        values = dict(host=host) if port is None else dict(host=host, port=port)
+        raise InputError(f"no page can be served there ({reason(error)})", **values) from None
 
 
 def choose_pictures(run, predictions, data=None):

@@ -135,6 +135,14 @@ def test_twenty_at_once_and_fifty_megapixels_get_an_answer(client, photo, tmp_pa
     assert len({str(bars) for bars, _ in answers[:19]}) == 1 and "7000 x 7000" in answers[19][1]
 
 
+@pytest.mark.parametrize("host, port", [("192.0.2.1", None), ("no such host", None), (None, 99999), (None, "busy")])
+def test_an_address_that_cannot_be_served_at_is_one_line(run, address, host, port, capfd):
+    port = int(address.rpartition(":")[2].strip("/")) if port == "busy" else port
+    with pytest.raises(InputError, match="no page can be served there") as error:
+        demo(str(run), host, port, device="cpu")
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
 def test_without_gradio_or_a_run_it_ends_in_one_line(run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not a run's folder"):
         demo(str(tmp_path))
