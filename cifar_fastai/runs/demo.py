@@ -25,7 +25,7 @@ from cifar_fastai.files import read_json
 from cifar_fastai.report.page import describe_metrics, get_template
 from cifar_fastai.report.tiles import image_uri
 from cifar_fastai.runs.export import export_run, model_card
-from cifar_fastai.runs.folder import describe_run, read_config
+from cifar_fastai.runs.folder import describe_run, public_config, read_config
 from cifar_fastai.runs.run import load_network, load_reported
 
 PICTURES, MAX_PICTURES = "pictures.npz", 1000  # in a folder that goes to a machine without the data
@@ -148,11 +148,12 @@ def build_page(run, data=None, device="auto"):
     return page
 
 
-def write_space(run, folder, data=None):
+def write_space(run, folder, data=None, command_line=None):
     """Write a Space with the page of a finished run into `folder`, which is new or empty.
 
     app.py, requirements.txt, the weights as safetensors, README.md, this package as a wheel, and images from the data
-    set where it is on this machine, in the place `data` if it has moved. InputError for what is no finished run.
+    set where it is on this machine, in the place `data` if it has moved. `command_line`: as for `write_results`.
+    InputError for what is no finished run.
     """
     folder, title, package = Path(folder), describe_run(run).partition(":")[0], distribution("cifar_fastai")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -160,7 +161,8 @@ def write_space(run, folder, data=None):
     predictions = Predictions.from_csv(Path(run) / "predictions.csv", tuple(read_config(run)["classes"]))
     pictures = dict(islice(choose_pictures(run, predictions, data).items(), MAX_PICTURES))
     fields = dict(title=title, sdk="gradio", sdk_version=distribution("gradio").version, app_file="app.py")
-    card = model_card(run, python_version="{}.{}".format(*sys.version_info), **fields)
+    command = command_line and command_line(public_config(run))
+    card = model_card(run, command, python_version="{}.{}".format(*sys.version_info), **fields)
     export_run(run, "safetensors", folder)
     requires = [line.partition(";") for line in package.requires]
     requires = [name.strip() for name, _, extra in requires if "extra" not in extra]
