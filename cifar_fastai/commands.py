@@ -122,7 +122,7 @@ def demo(
     check_extra("demo", "gradio", "safetensors")
     from cifar_fastai.runs.demo import serve_demo, write_space
 
-    write_space(run, space, data) if space else serve_demo(run, host, port, data, device)
+    write_space(run, space, data, command_line) if space else serve_demo(run, host, port, data, device)
 
 
 def results(

@@ -48,7 +48,8 @@ def compare_runs(runs, out="compare.html", data=None):
     with atomic_write(out) as file:
         file.write(get_template("compare.html").render(context))
     names = [f"{each.letter}: {printable(each.name)}" for each in entries]
-    print(*names, pd.concat([numbers, settings]).to_string(), *[note] * bool(note), f"page: {printable(out)}", sep="\n")
+    table = pd.concat([numbers, settings]).map(printable).rename(index=printable).to_string()
+    print(*names, table, *[printable(note)] * bool(note), f"page: {printable(out)}", sep="\n")
     return out
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import socket
 import sys
 from functools import lru_cache
 from importlib.metadata import distribution
@@ -16,7 +17,7 @@ from PIL import Image
 
 from cifar_fastai.data.decode import MAX_PHOTO_BYTES
 from cifar_fastai.data.photos import load_image
-from cifar_fastai.errors import InputError
+from cifar_fastai.errors import InputError, reason
 from cifar_fastai.evaluation.gradcam import METHODS, MIN_MAP, cam_layers, default_layer, gradcam
 from cifar_fastai.evaluation.image_files import class_probs, image_batch
 from cifar_fastai.evaluation.predictions import Predictions
@@ -24,7 +25,7 @@ from cifar_fastai.files import read_json
 from cifar_fastai.report.page import describe_metrics, get_template
 from cifar_fastai.report.tiles import image_uri
 from cifar_fastai.runs.export import export_run, model_card
-from cifar_fastai.runs.folder import describe_run, read_config
+from cifar_fastai.runs.folder import describe_run, public_config, read_config
 from cifar_fastai.runs.run import load_network, load_reported
 
 PICTURES, MAX_PICTURES = "pictures.npz", 1000  # in a folder that goes to a machine without the data
@@ -41,8 +42,10 @@ SORTS = ["highest loss", "lowest loss", "highest confidence", "lowest confidence
 def serve_demo(run, host=None, port=None, data=None, device="auto"):
     """Serve the page of a finished run, by default on 127.0.0.1 and the first free port from 7860, until Ctrl-C.
 
-    The page asks no other host for anything. `data`: where the images are, if they have moved. InputError for no run.
+    The page asks no other host for anything. `data`: where the images are, if they have moved. InputError for no run,
+    and for an address that cannot be served at.
     """
+    _check_address(host, port)
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none of them is loaded
     look = dict(theme=gr.themes.Default(primary_hue="blue", **fonts), css=get_template("demo.css").render())
     page, look["footer_links"] = build_page(run, data, device), []
@@ -50,6 +53,17 @@ def serve_demo(run, host=None, port=None, data=None, device="auto"):
     page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **look, **limits)
     print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
     page.block_thread()
+
+
+def _check_address(host, port):
+    """InputError unless a server can listen there; Gradio tries a hundred ports, with a complaint for each."""
+    host = host or "127.0.0.1"
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]
+        socket.create_server((address[0], port or 0, *address[2:]), family=family).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        values = dict(host=host) if port is None else dict(host=host, port=port)
+        raise InputError(f"no page can be served there ({reason(error)})", **values) from None
 
 
 def choose_pictures(run, predictions, data=None):
@@ -134,11 +148,12 @@ def build_page(run, data=None, device="auto"):
     return page
 
 
-def write_space(run, folder, data=None):
+def write_space(run, folder, data=None, command_line=None):
     """Write a Space with the page of a finished run into `folder`, which is new or empty.
 
     app.py, requirements.txt, the weights as safetensors, README.md, this package as a wheel, and images from the data
-    set where it is on this machine, in the place `data` if it has moved. InputError for what is no finished run.
+    set where it is on this machine, in the place `data` if it has moved. `command_line`: as for `write_results`.
+    InputError for what is no finished run.
     """
     folder, title, package = Path(folder), describe_run(run).partition(":")[0], distribution("cifar_fastai")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -146,7 +161,8 @@ def write_space(run, folder, data=None):
     predictions = Predictions.from_csv(Path(run) / "predictions.csv", tuple(read_config(run)["classes"]))
     pictures = dict(islice(choose_pictures(run, predictions, data).items(), MAX_PICTURES))
     fields = dict(title=title, sdk="gradio", sdk_version=distribution("gradio").version, app_file="app.py")
-    card = model_card(run, python_version="{}.{}".format(*sys.version_info), **fields)
+    command = command_line and command_line(public_config(run))
+    card = model_card(run, command, python_version="{}.{}".format(*sys.version_info), **fields)
     export_run(run, "safetensors", folder)
     requires = [line.partition(";") for line in package.requires]
     requires = [name.strip() for name, _, extra in requires if "extra" not in extra]

@@ -67,6 +67,12 @@ def export_run(run, to="onnx", out=None, data=None, command_line=None):
     config, folder = public_config(run), Path(out or Path(run) / to)
     if any((folder / name).exists() for name in ("model.pth", "checkpoint.pth")):
         raise InputError("holds a run; choose another folder", out=str(folder))
+    if (
+        folder.exists()
+        and not (folder / f"model.{to}").exists()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise InputError(f"exists, and not from an export to {to}; choose a new folder", out=str(folder))
     card = model_card(run, command_line and command_line(config))
     files = [name for name in ("metrics.json", "history.csv", "predictions.csv") if (Path(run) / name).exists()]
     files = {name: check_regular(Path(run) / name).read_bytes() for name in files}

@@ -141,6 +141,16 @@ def test_what_is_no_finished_run_is_refused(runs, other, tmp_path, damage, words
     assert "\n" not in str(error.value) and not (tmp_path / "both.html").exists()
 
 
+def test_control_characters_of_a_run_do_not_reach_the_terminal(runs, other, tmp_path, capsys):
+    """Nor do they end a line: neither those of its data set's name, nor of a number or a setting or its name."""
+    text = "\x1b[31m\r<i>"
+    folder = other(dict(opt=text), data_name=text)
+    change(folder / "metrics.json", model=text, **{text: 1})
+    page = compare_runs([runs[0], folder], tmp_path / "both.html").read_text()
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable() and out.count(r"\x1b[31m\r<i>") == 4 and "<i>" not in page
+
+
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((390, False), (1280, True), (1280, False))]
 
 

@@ -1,5 +1,6 @@
 """The demo page in a browser and by its programming interface."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -133,6 +134,22 @@ def test_twenty_at_once_and_fifty_megapixels_get_an_answer(client, photo, tmp_pa
         answers = [*pool.map(lambda k: ask(client, [photo, tmp_path / "large.jpg"][k % 20 == 19]), range(20))]
     assert all(len(bars) == 2 and "<img" in html for bars, html in answers)
     assert len({str(bars) for bars, _ in answers[:19]}) == 1 and "7000 x 7000" in answers[19][1]
+
+
+@pytest.mark.parametrize("host, port", [("192.0.2.1", None), ("no such host", None), (None, 99999), (None, "busy")])
+def test_an_address_that_cannot_be_served_at_is_one_line(run, address, host, port, capfd):
+    port = int(address.rpartition(":")[2].strip("/")) if port == "busy" else port
+    with pytest.raises(InputError, match="no page can be served there") as error:
+        demo(str(run), host, port, device="cpu")
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+def test_the_card_of_a_space_has_numbers_settings_and_the_command(run, tmp_path):
+    demo(str(run), space=str(tmp_path / "space"))
+    card, metrics = (tmp_path / "space" / "README.md").read_text(), json.loads((run / "metrics.json").read_text())
+    assert f"{metrics['test_accuracy']:.2%}" in card and "## Settings" in card and "## Limits" in card
+    command = re.search("This repeats the run: `(.+)`", card)[1]
+    assert command.startswith("python recipes/resnet18.py") and str(run.parent) not in card
 
 
 def test_without_gradio_or_a_run_it_ends_in_one_line(run, tmp_path, monkeypatch):

@@ -113,6 +113,8 @@ def test_the_card_has_the_runs_numbers_and_its_head_is_yaml(run):
     [
         (None, dict(to="onxx"), "to='onxx': no such name; did you mean onnx?"),
         (None, dict(to="safetensors", out="run"), "out='run': holds a run; choose another folder"),
+        (None, dict(to="safetensors", out="."), "out='.': exists, and not from an export to safetensors; choose a new"),
+        (None, dict(to="safetensors", out="run/config.json"), "exists, and not from an export"),
         ("metrics.json", dict(to="safetensors"), "is the run finished?|cannot be read"),
         ("config.json", dict(to="onnx"), "not a run's folder"),
     ],
