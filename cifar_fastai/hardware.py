@@ -44,6 +44,8 @@ def choose_device(device="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
+    if n_processes() > 1 and (device.index is not None or device.type == "mps"):
+        raise InputError("each of several processes has a GPU of its own; use cuda", device=name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"torch sees {torch.cuda.device_count()} CUDA devices; try auto", device=name)
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from urllib.request import urlopen
 
 import pandas as pd
 import pytest
@@ -163,4 +164,12 @@ def test_the_wheel_trains_explains_predicts_and_exports(installed, tmp_path):
     assert "explain.png" in run("cifar-fastai", "explain", "run", "--n", "2", "--device", "cpu")
     assert "360 test images" in run("cifar-fastai", "export", "run")
     assert "files: run" in run("cifar-fastai", "export", "run", "--to", "safetensors")
+    words = [installed / "cifar-fastai", "demo", "run", "--device", "cpu"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env) as demo:
+        try:
+            url = re.match(r"open (http://127\.0\.0\.1:\d+/) ", demo.stdout.readline())[1]
+            assert b"resnet18" in urlopen(url, timeout=60).read()
+        finally:
+            demo.terminate()
+    assert "compare.html" in run("cifar-fastai", "results", "run", shutil.copytree(tmp_path / "run", tmp_path / "copy"))
     assert "cache:" in run("cifar-fastai", "data") and (tmp_path / "run" / "onnx" / "model.onnx").exists()

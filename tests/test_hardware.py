@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from cifar_fastai import hardware
 from cifar_fastai.errors import InputError
 from cifar_fastai.hardware import choose_device, choose_precision
 
@@ -29,6 +30,14 @@ def test_a_precision_that_cannot_be_used(name, message):
 def test_a_device_that_is_absent(name):
     with pytest.raises(InputError, match=f"device='{name}': "):
         choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_processes_do_not_share_a_gpu(name, monkeypatch):
+    monkeypatch.setattr(hardware, "n_processes", lambda: 2)
+    with pytest.raises(InputError, match="each of several processes has a GPU of its own"):
+        choose_device(name)
+    assert choose_device("cpu").type == "cpu"
 
 
 FAULTS = """

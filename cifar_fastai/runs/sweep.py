@@ -41,6 +41,8 @@ def sweep(
     out of which machines take trials that share all these files. Raises InputError for settings, seeds or files that
     cannot be used, before the first trial starts.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's: its processes would train different trials as one run
+        raise InputError("a sweep starts its own processes; set `workers`")
     try:
         seeds = [int(seed) for seed in str(seeds).split(",")]
     except ValueError:

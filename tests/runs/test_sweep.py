@@ -102,6 +102,13 @@ def test_a_missing_optuna_is_named(trials, monkeypatch):
         sweep([("one", {})], "1", out="out.csv", storage="journal")
 
 
+def test_torchrun_starts_no_sweep(trials, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a sweep starts its own processes; set `workers`"):
+        sweep([("one", {})], "1", out="out.csv")
+    assert not trials
+
+
 @pytest.mark.slow
 def test_workers_are_processes(tmp_path):
     (tmp_path / "list.txt").write_text("--data digits --width 16 --subset 100 --bs 20 --epochs 1 --device cpu\n")
