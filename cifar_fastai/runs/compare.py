@@ -78,6 +78,7 @@ def _difference(entries):
         values = [getattr(entry, name) for entry in entries]
         if len(set(values)) > 1:
             texts = ", ".join(f"{entry.letter}: {value[0]}" for entry, value in zip(entries, values, strict=True))
+            texts = f"all called {values[0][0]}" if len({value[0] for value in values}) == 1 else texts
             return f"The runs differ in their {name} ({texts}), so neither accuracies nor single images compare."
 
 

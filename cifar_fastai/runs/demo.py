@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import socket
 import sys
 from functools import lru_cache
@@ -21,7 +22,7 @@ from cifar_fastai.errors import InputError, reason
 from cifar_fastai.evaluation.gradcam import METHODS, MIN_MAP, cam_layers, default_layer, gradcam
 from cifar_fastai.evaluation.image_files import class_probs, image_batch
 from cifar_fastai.evaluation.predictions import Predictions
-from cifar_fastai.files import read_json
+from cifar_fastai.files import private_folder, read_json
 from cifar_fastai.report.page import describe_metrics, get_template
 from cifar_fastai.report.tiles import image_uri
 from cifar_fastai.runs.export import export_run, model_card
@@ -46,6 +47,7 @@ def serve_demo(run, host=None, port=None, data=None, device="auto"):
     and for an address that cannot be served at.
     """
     _check_address(host, port)
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(private_folder("gradio")))  # by default one for all users
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none of them is loaded
     look = dict(theme=gr.themes.Default(primary_hue="blue", **fonts), css=get_template("demo.css").render())
     page, look["footer_links"] = build_page(run, data, device), []

@@ -100,6 +100,7 @@ def test_classes_are_side_by_side_and_lines_over_each_other(runs, tmp_path):
     "changes, words",
     [
         (dict(data_name="digits", data_fingerprint="1"), "differ in their images (A: colours, B: digits)"),
+        (dict(data_fingerprint="1"), "differ in their images (all called colours)"),
         (dict(parameters=dict(no_test=True, valid_pct=0.1)), "differ in their split (A: test, B: validation)"),
     ],
 )
