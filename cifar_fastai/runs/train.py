@@ -174,7 +174,8 @@ def _prepare_run(recipe, settings, overrides, device, precision=None, images=Non
             check_layers(run.learn, settings.cam_layer, settings.cam_method)
     n_images = settings.epochs * len(run.learn.dls.train) * run.bs
     run.compiled, run.compile_reason = choose_compile(settings.compile, device, n_images)
-    run.sync_bn = n_processes() > 1 and settings.sync_bn in ("yes", "auto" if run.bs < 64 * n_processes() else "yes")
+    is_small = run.bs < 64 * n_processes()  # each process's share
+    run.sync_bn = n_processes() > 1 and (settings.sync_bn == "yes" or settings.sync_bn == "auto" and is_small)
     if run.sync_bn:
         run.compiled, run.compile_reason = False, "batch norm is synchronised"
     return run
