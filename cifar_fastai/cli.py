@@ -222,12 +222,14 @@ def _as_words(name, value):
 def _resume_hint(error):
     """How to go on after an error that carries `resume`: the folder of its run, or words."""
     resume = getattr(error, "resume", None)
-    words, n = _split_command_line()[0], os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    if not isinstance(resume, Path):
+        return f"; go on with: {resume}" if resume else ""
+    words, more, n = _split_command_line()[0], [flag("resume"), str(resume)], os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # of torchrun, whose other flags nobody knows here
+        return f"; go on with: the same command on each machine and {shlex.join(more)}"
     if n != "1":
         words = ["torchrun", "--nproc_per_node", n, *(["--no-python", *words] if _is_script() else words[1:])]
-    words += [flag("resume"), str(resume)]
-    command = shlex.join(words) if isinstance(resume, Path) else resume
-    return f"; go on with: {command}" if resume else ""
+    return f"; go on with: {shlex.join(words + more)}"
 
 
 def _as_called(program):

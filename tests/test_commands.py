@@ -96,6 +96,10 @@ def test_a_command_to_go_on_with_is_that_of_whoever_started(monkeypatch, capsys,
     cli._run(stop, False)
     assert capsys.readouterr().err.endswith(f" recipes/resnet34.py --resume {tmp_path}\n")
     assert cli.command_line(config) == "python recipes/resnet34.py --epochs 3 --no-tta"
+    for name, value in dict(LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    cli._run(stop, False)
+    assert capsys.readouterr().err.endswith(f"; go on with: the same command on each machine and --resume {tmp_path}\n")
 
 
 def test_predict_gives_a_table_of_the_newest_runs_classes(tiny, tmp_path, monkeypatch, capsys):

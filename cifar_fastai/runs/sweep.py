@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +43,8 @@ def sweep(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's: its processes would train different trials as one run
         raise InputError("a sweep starts its own processes; set `workers`")
+    if workers is not None and workers < 1:
+        raise InputError("must be at least 1", workers=workers)
     try:
         seeds = [int(seed) for seed in str(seeds).split(",")]
     except ValueError:
@@ -57,7 +59,7 @@ def sweep(
                 resolve_recipe(recipe, plan[-1][-1])
             except InputError as error:
                 raise InputError(f"{error.text} (in the line {label})", **error.arguments) from None
-    out, n = Path(out), max(1, workers or torch.cuda.device_count())
+    out, n = Path(out), workers or max(1, torch.cuda.device_count())
     _read_rows(out)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # workers import torch anew
     try:
@@ -121,10 +123,13 @@ def _train_trial(label, seed, overrides, recipe, out, runs, device):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot be created ({reason(error)})", runs=str(runs)) from None
-    with lock_folder(folder, ".sweep.lock") as is_first:  # of sweeps; the run itself locks its folder after a while
-        with lock_folder(folder) as is_free:
-            pass
-        if not (is_first and is_free):
+    with ExitStack() as stack:
+        # first that of sweeps: between the test of the run's own lock and the start of the run another could come
+        is_free = stack.enter_context(lock_folder(folder, ".sweep.lock"))
+        if is_free:
+            with lock_folder(folder) as is_free:
+                pass
+        if not is_free:
             print(f"{folder}: another process is training this trial")
         elif _accuracy(out, label, seed) is None:
             is_interrupted = (folder / "checkpoint.pth").exists()

@@ -91,7 +91,8 @@ def _start_run(recipe, overrides, stack):
 
 def _lock(folder, stack, argument):
     if not stack.enter_context(lock_folder(folder)):
-        raise InputError("another process is training there", **{argument: str(folder)})
+        hint = "; choose another folder" if argument == "out" else ""
+        raise InputError(f"another process is training there{hint}", **{argument: str(folder)})
     remove_leftovers(folder)
     return folder
 
@@ -131,6 +132,8 @@ def _resume_run(recipe, overrides, folder, stack):
     # another kind of device may not have the saved precision
     precision = None if str(config["device"]).startswith(device.type) else original.get("precision", "auto")
     run = _prepare_run(recipe, settings, original, device, precision, images)
+    if run.bs != settings.bs:
+        raise InputError(f"its batches of {settings.bs} do not divide by {n_processes()} processes", resume=str(folder))
     run.folder, run.checkpoint = folder, checkpoint
     run.suggestions = config.get("lr_find")
     if checkpoint["finished_epochs"]:  # nothing is left to compile for
@@ -249,7 +252,7 @@ def _is_out_of_memory(error):
 
 def _fitting_bs(run):
     """The largest of a half, a quarter, ... of the batch size with which a training step fits; None if none does."""
-    learn, bs = run.learn, run.bs // 2
+    learn, bs = run.learn, run.bs // n_processes() // 2  # each process's share
     while bs:
         learn._end_cleanup()
         learn.loss_grad = None
@@ -261,7 +264,7 @@ def _fitting_bs(run):
                 images = torch.zeros(bs, *run.images.images.shape[1:], device=run.device)
                 out = learn.model.train().forward(images)  # (bs, classes)
             F.cross_entropy(out.float(), torch.zeros(bs, dtype=torch.long, device=run.device)).backward()
-            return bs
+            return bs * n_processes()
         except (MemoryError, RuntimeError):
             bs //= 2
 

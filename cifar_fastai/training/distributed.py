@@ -3,6 +3,7 @@
 Callbacks need not know of it: all processes run the same program, and the first alone prints and writes (`meet`).
 """
 
+import itertools
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from cifar_fastai.errors import check_extra
 from cifar_fastai.files import writing
 from cifar_fastai.hardware import n_processes, rank
 
+_MEETINGS = itertools.count()
+
 __all__ = ["from_first", "gathered", "meet", "one_first", "share_training", "spread"]
 
 
@@ -27,11 +30,14 @@ def meet():
         yield
         return
     if is_new := not dist.is_initialized():  # else accelerate's debug_launcher has joined them
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, number, n = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"meeting {next(_MEETINGS)}", store)  # a second one must not read what the first wrote
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=n)
     if (local := int(os.environ.setdefault("LOCAL_RANK", str(rank())))) < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    # without these fastai gathers and writes by rules of its own, which all processes would have to follow at once
-    hidden = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    # fastai reads these, and where it finds them it gathers and writes by other rules than ours
+    launcher = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
     try:
         stdout, stderr = (None, None) if rank() else (sys.stdout, sys.stderr)
         with writing(rank() == 0), redirect_stdout(stdout), redirect_stderr(stderr):
@@ -39,14 +45,16 @@ def meet():
             yield
         if is_new:
             dist.destroy_process_group()
-    except BaseException:  # also where an exchange with a process fails that has ended
-        with suppress(RuntimeError, KeyboardInterrupt):  # of a store whose process has ended
+    except BaseException as error:
+        with suppress(RuntimeError, KeyboardInterrupt):  # the process that keeps the store may have ended
             if dist.distributed_c10d._get_default_store().add("failures", 1) > 1:
-                time.sleep(1)  # for the message of the first: torchrun ends all when one has ended
+                time.sleep(1)  # torchrun ends all processes when one has ended: the first prints its message before
                 raise SystemExit(1) from None
+        if isinstance(error, RuntimeError) and "gloo" in str(error):
+            error.args = ("another process has ended",)
         raise
     finally:
-        os.environ.update(hidden)
+        os.environ.update(launcher)
 
 
 def gathered(value):

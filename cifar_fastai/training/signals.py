@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from fastai.callback.core import Callback
 
-from cifar_fastai.hardware import n_processes, rank
+from cifar_fastai.hardware import rank
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,8 +28,6 @@ def _handle(signum, frame):
     _state.signum = signum
     if not _state.in_training:
         raise Stopped(signum)
-    if n_processes() > 1 and hasattr(signal, "alarm"):
-        signal.alarm(8)  # seconds, after which the system ends a process whose step waits for one that has ended
     with suppress(OSError):
         if rank() == 0:  # print is not safe in a handler
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
@@ -50,8 +48,6 @@ def catch_signals():
             signal.signal(signum, _handle)
         yield
     finally:
-        if _state.signum is not None and n_processes() > 1 and hasattr(signal, "alarm"):
-            signal.alarm(0)  # the step has ended
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 

@@ -59,6 +59,7 @@ def test_one_is_killed_and_two_go_on(recipes, whole, tmp_path, victim):
     assert processes[victim].code == -signal.SIGKILL and processes[1 - victim].code == 1
     assert time.monotonic() - start < 30  # seconds, of which a run of one epoch takes most
     line = one_line(processes[1 - victim])
+    assert line.startswith("error: RuntimeError: another process has ended (the traceback")
     assert line.endswith(f"; go on with: torchrun --nproc_per_node 2 {RECIPE} --resume {out}")
     first, second = (p.wait(60) for p in start_two(recipes, ["--resume", out], tmp_path))
     assert (first.code, first.err, second.out, second.err) == (0, "", "", "") and "may differ" not in first.out

@@ -17,6 +17,7 @@ from tiny_runs import assert_same_folders, assert_same_state, history, metrics, 
 from cifar_fastai.errors import InputError
 from cifar_fastai.files import lock_folder, read_json
 from cifar_fastai.runs import run as run_module
+from cifar_fastai.runs import train as train_module
 from cifar_fastai.runs.folder import make_folder
 from cifar_fastai.runs.run import MACHINE, load_run
 from cifar_fastai.runs.train import train
@@ -228,12 +229,21 @@ def test_what_cannot_go_on_says_why(tiny, tmp_path, monkeypatch, stopped):
     with lock_folder(stopped):
         assert refusal(tiny, stopped) == f"resume='{stopped}': another process is training there"
     (fresh := tmp_path / "fresh").mkdir()
-    with lock_folder(fresh), pytest.raises(InputError, match="another process is training there"):
+    with lock_folder(fresh), pytest.raises(InputError, match="training there; choose another folder"):
         tiny.train(fresh)
     tiny.resume(stopped)
     assert refusal(tiny, stopped) == f"resume='{stopped}': this run is finished"
     (stopped / "metrics.json").unlink()
     assert refusal(tiny, stopped).endswith("no checkpoint.pth in it: no epoch was finished, start again")
+
+
+def test_a_default_batch_that_does_not_divide_is_not_lowered_again(tiny, tmp_path, monkeypatch):
+    """48 images make batches of 2, which three processes cannot share."""
+    tiny.train(tmp_path / "run", stop=("validate", 2), bs=None)
+    for module in run_module, train_module:
+        monkeypatch.setattr(module, "n_processes", lambda: 3)
+    monkeypatch.setattr(train_module, "gathered", lambda value: [value])
+    assert refusal(tiny, tmp_path / "run").endswith("its batches of 2 do not divide by 3 processes")
 
 
 def test_latest_is_the_newest_interrupted_run(tiny, tmp_path, monkeypatch):

@@ -152,6 +152,7 @@ def test_lines_that_are_no_settings(tmp_path, text, message):
         (dict(lr=-1.0), {}, "lr=-1.0"),
         (dict(seed=1), {}, "`seed` is set by the sweep"),
         (dict(no_test=True), {}, "`no_test` is set by the sweep"),
+        ({}, dict(workers=-3), "workers=-3: must be at least 1"),
         ({}, dict(seeds="a"), "seeds='a': must be whole numbers"),
         ({}, dict(out="nowhere/out.csv"), "out='nowhere/out.csv': must be a csv file in a folder that exists"),
         ({}, dict(out="."), "must be a csv file"),

@@ -1,5 +1,7 @@
 """Two processes train the network that one trains: the same images in every step, the same numbers in both."""
 
+import multiprocessing
+import os
 import random
 from dataclasses import replace
 from functools import partial
@@ -165,6 +167,30 @@ def test_one_decodes_writes_and_prints(tiny_folder, tmp_path, monkeypatch, capfd
     assert (tmp_path / "decoded").read_text() == "once\n"
     assert (tmp_path / "file.json").read_text() == '{\n  "rank": 0\n}\n'
     assert capfd.readouterr().out == "rank 0\n"
+
+
+def _meet_twice(k, environment, results):
+    os.environ.update(environment, RANK=str(k), WORLD_SIZE="2", LOCAL_RANK=str(k))
+    for n in range(2):
+        with meet():
+            results.put((n, k, gathered(f"{n}{k}"), os.environ.get("RANK")))
+    results.put((2, k, n_processes(), os.environ["RANK"]))
+
+
+def test_they_meet_again():
+    """A program trains one network after another."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps one
+    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_meet_twice, args=(k, environment, results)) for k in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    met = [(n, k, [f"{n}0", f"{n}1"], None) for n in range(2) for k in range(2)]
+    assert sorted(results.get() for _ in range(6)) == [*met, (2, 0, 1, "0"), (2, 1, 1, "1")]
 
 
 def test_a_missing_accelerate_is_named(monkeypatch):
