@@ -95,6 +95,7 @@ def test_flags_that_a_page_names_exist(page):
     # of other commands
     others = {*"resume help images seeds minutes repeats run to logdir host space repo-type workers storage".split()}
     others |= {*"nproc-per-node nnodes node-rank master-addr multi-gpu num-processes ntasks-per-node nodes".split()}
+    others |= {*"rdzv rdzv-backend rdzv-endpoint rdzv-id".split()}
     names = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", TEXTS[page]))
     assert {name.replace("-", "_") for name in names - others} <= set(OPTIONS)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,8 +102,8 @@ def test_variants_go_on_to_the_digit(recipes, tmp_path, more):
     assert_same_folders(out, other)
 
 
-def torchrun(cwd, *words, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", RECIPE, *words]
+def torchrun(cwd, *words, start=("--nproc_per_node", 2)):
+    command = [sys.executable, "-m", "torch.distributed.run", *start, RECIPE, *words]
     environment = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     return subprocess.Popen(
         [*map(str, command)], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -115,6 +116,20 @@ def test_torchrun_trains_the_real_recipe(tmp_path):
     out, err = torchrun(tmp_path, *flags).communicate(timeout=600)
     assert "error" not in err and out.count("2 processes x 10, batch norm over all") == 1
     assert len(history(tmp_path / "run")) == 3 and {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+@pytest.mark.slow
+def test_two_machines_meet(tmp_path):
+    """Two agents of torchrun, here on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    start = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    flags = f"--data digits --width 16 --subset 100 --bs 20 --device cpu --epochs 1 --out {tmp_path / 'run'}".split()
+    processes = [torchrun(tmp_path, *flags, "--no-explain", start=start) for _ in range(2)]
+    texts = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(text.count("2 processes x 10") for text in texts) == [0, 1] and len(history(tmp_path / "run")) == 1
 
 
 @pytest.mark.slow
