@@ -139,8 +139,8 @@ def describe_agreement(probs, predictions, split):
     difference = float(np.abs(probs - predictions.probs).max())
     if not (margins < TIE).all() or not np.isfinite(difference):
         raise RunError(f"ONNX Runtime gives other classes than the network on {others.sum():,} {split} images")
-    ties = f" but for {len(margins)} ties" if len(margins) else ""
-    about = f"On {len(probs):,} {split} images ONNX Runtime gives the classes of the network in fp32{ties}; "
+    ties = f" ({len(margins)} tied between two classes)" if len(margins) else ""
+    about = f"On {len(probs):,} {split} images{ties} ONNX Runtime gives the classes of the network in fp32; "
     return about + f"the probabilities differ by at most {difference:.1e}"
 
 
@@ -157,7 +157,7 @@ def model_card(run, command=None, **fields):
         split = "valid" if metrics["test_accuracy"] is None else "test"
         data, classes, network = metrics["dataset"], ", ".join(map(_code, config["classes"])), _code(metrics["model"])
         size = parameters.get("size") or 32
-        limits += [f"Its images have {size} x {size} pixels; photographs are cut and resized to that."]
+        limits += [f"It sees {size} x {size} pixels; photographs are cut and resized to that."]
         limits += ["Settings may have been selected on these images."] if split == "valid" else []
         limits += [f"{data}: {COPIES[data]}."] if data in COPIES else []
         names = {f"{split}_accuracy": "as they are", "tta_accuracy": "with flip TTA"}
