@@ -38,11 +38,8 @@ class NotAvailable(InputError):
     """An official data set is in none of the places; `failures` says for each one why."""
 
     def __init__(self, data, failures):
-        self.failures, self.advice = (
-            failures,
-            f"name its archive or folder by `data`, or an address by {data.upper()}_URL",
-        )
-        super().__init__(f"{NAMED[data]} is not available: {'; '.join(failures)}; {self.advice}")
+        self.failures, self.advice = failures, f"to its archive or folder, or {data.upper()}_URL to an address"
+        super().__init__(f"{NAMED[data]} is not available: {'; '.join(failures)}; set `data` {self.advice}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +115,7 @@ def load_images(data="auto", cache_dir=None, progress=True, size=None, offline=F
         if data != "auto":
             raise
         lines = f"{CIFAR10} is not available, so scikit-learn's digits are used instead:", *error.failures
-        advice = f"To use {CIFAR10}, {error.advice}; CIFAR10_PATH sets the default of `data`."
+        advice = f"To use {CIFAR10}, set CIFAR10_PATH {error.advice}."
         images = replace(_load_digits(), note="\n  ".join(lines) + f"\n{advice}")
     if size in (None, images.size):
         return images

@@ -72,7 +72,7 @@ def predict_run(files, run=None, csv=None, device="auto"):
     image. Raises InputError for a folder without a run, and for files that cannot be used.
     """
     run = latest_finished() if run is None else run
-    print(describe_run(run))
+    print(f"{printable(run)}: {describe_run(run)}")
     learn = load_network(run, device)
     with learn.no_bar():
         predictions = _predict_and_print(learn, files)

@@ -26,11 +26,11 @@ TIE = 1e-4  # two classes whose probabilities differ by less may change places b
 ONNX_EXAMPLE = """\
 import json, sys
 import numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("model.onnx")
 about = session.get_modelmeta().custom_metadata_map
 size, classes = int(about["size"]), json.loads(about["classes"])
-image = Image.open(sys.argv[1]).convert("RGB").resize((size, size))
+image = ImageOps.fit(Image.open(sys.argv[1]).convert("RGB"), (size, size))
 x = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255  # (1, 3, size, size)
 probs = session.run(None, {"images": x})[0][0]
 print({classes[k]: round(float(probs[k]), 4) for k in np.argsort(-probs)[:3]})

@@ -96,7 +96,7 @@ def _print_results(run, metrics, plain, split):
         print(f"*** {run.images.note} ***")
     print(f"{split} accuracy {plain.accuracy:.2%} ({len(plain.targets):,} images, {in_epochs(metrics['epochs'])})")
     if metrics["tta_accuracy"] is not None:
-        note = "" if run.images.flip else " (their mirror images mean something else)"
+        note = "" if run.images.flip else " (a mirrored image means something else here)"
         print(f"with flip TTA {metrics['tta_accuracy']:.2%}{note}")
         print(f"with flip and shift TTA {metrics['tta_shift_accuracy']:.2%}")
     if "best_epoch" in metrics:

@@ -83,10 +83,11 @@ def results_table(results, command_line, summary=False):
         accuracy, flip, shift = (_percent([m[name] for m in metrics]) for name in names)
         minutes = f"{mean(m['seconds'] for m in metrics) / 60:.1f} min"
         hardware = "; ".join(dict.fromkeys(f"{m['hardware']}, {m['precision']}" for m in metrics))
-        row = {"data": dataset, "network": metrics[0]["model"], "epochs": metrics[0]["epochs"], "seeds": len(runs)}
+        row = {"data": dataset, "network": metrics[0]["model"], "epochs": metrics[0]["epochs"]}
+        row["seeds"] = ", ".join(str(m["seed"]) for m in metrics)
         row |= {"test accuracy": accuracy, "with flip TTA": flip} | ({} if summary else {"and shifts": shift})
         row |= {"training": minutes, "hardware": hardware} | ({} if summary else {"commit": commit})
-        table.append(row | {"command": f"`{command} --seed {', '.join(str(m['seed']) for m in metrics)}`"})
+        table.append(row | {"command": f"`{command} --seed {metrics[0]['seed']}`"})
     if not table:
         return ""
     head, *lines = ("| " + " | ".join(map(str, cells)) + " |" for cells in (table[0], *(row.values() for row in table)))
@@ -115,7 +116,8 @@ def _rows(results, command_line, summary=False):
     """[((dataset, command, commit), runs by seed)], the most accurate first in each data set."""
     rows = defaultdict(list)
     for run in sorted(results, key=lambda run: run.metrics["seed"]):
-        command = command_line(run.config | {"given": overrides_today(run.config)}, without=("seed",))
+        found = ("data",) if run.metrics["dataset"] == CIFAR10 else ()  # it is downloaded, wherever it was for this run
+        command = command_line(run.config | {"given": overrides_today(run.config)}, without=("seed", *found))
         commit = run.config.get("versions", {}).get("git_commit") or "-"
         rows[run.metrics["dataset"], command, commit].append(run)
 
@@ -140,28 +142,17 @@ def _percent(values):
     return f"{mean(values):.2%}{spread}"
 
 
-def _curves(results, command_line, root):
-    """The curves of the first row's first run, as lines of Markdown for a file in the folder `root`."""
-    if not results:
-        return ""
-    _, (run, *_) = _rows(results, command_line, summary=True)[0]
-    metrics, path = run.metrics, (run.folder / "curves.png").resolve().relative_to(Path(root).resolve())
-    title = f"{metrics['model']}, {metrics['epochs']} epochs of {metrics['dataset']}, seed {metrics['seed']}"
-    return f"\n\n![Loss and accuracy by epoch: {title}]({path.as_posix()})"
-
-
 def update_table(page, folder, command_line, check=False, summary=False):
     """Write the table of the results in `folder` between the two marks in `page`, a Markdown file.
 
-    With `summary` (see `results_table`) the curves of its first row follow. Returns whether the page changed. With
-    `check` nothing is written. Raises InputError where the marks are missing.
+    `summary`: see `results_table`. Returns whether the page changed; with `check` nothing is written. Raises InputError
+    where the marks are missing.
     """
     text, results = Path(page).read_text(encoding="utf-8"), load_results(folder)
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{page}: the lines {BEGIN} and {END} must stand in it once")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     table = results_table(results, command_line, summary)
-    table += _curves(results, command_line, Path(page).parent) if summary else ""
     new = f"{before}{BEGIN}\n{table}\n{END}{after}"
     if new != text and not check:
         with atomic_write(page) as file:

@@ -135,6 +135,7 @@ def _resume_run(recipe, overrides, folder, stack):
     if run.bs != settings.bs:
         raise InputError(f"its batches of {settings.bs} do not divide by {n_processes()} processes", resume=str(folder))
     run.folder, run.checkpoint = folder, checkpoint
+    run.precision_reason = "as before" if precision is None else run.precision_reason
     run.suggestions = config.get("lr_find")
     if checkpoint["finished_epochs"]:  # nothing is left to compile for
         run.compiled = config.get("compiled", False)
@@ -189,7 +190,7 @@ def _print_header(run):
     name = f"{s.network} (preset {s.preset})" if s.preset else s.network
     sizes = f"{len(dls.train_ds):,} train and {len(dls.valid_ds):,} {run.eval_split} images"
     lowered = f" ({s.lr:g} lowered with the batch size, {run.bs} of {s.bs})" if run.lr != s.lr != "find" else ""
-    lr = "from a range test" if run.lr == "find" else f"{run.lr:g}{lowered}"
+    lr = "from a range test" if run.lr == "find" else f"{run.lr:.3g}{lowered}"
     compiled = "compiled" if run.compiled else "not compiled"
     classes, parameters = len(images.classes), run.n_parameters
     print(f"{name} on {images.name}: {sizes} of {classes} classes; {parameters:,} parameters")

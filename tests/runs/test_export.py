@@ -45,6 +45,9 @@ def test_onnx_agrees_with_the_network_on_every_image(run, tiny_folder, capsys):
     assert about["checked"].startswith("On 18 test images") and float(about["checked"].split()[-1]) < 1e-6
     assert about["checked"] in text and about["checked"] in (folder / "README.md").read_text()
     check_example(folder, files[-1], learn)
+    oblong = run / "oblong.png"
+    Image.open(files[0]).resize((100, 60)).save(oblong)
+    check_example(folder, oblong, learn)
 
 
 def check_example(folder, image, learn):
