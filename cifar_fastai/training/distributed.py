@@ -18,9 +18,9 @@ from cifar_fastai.errors import check_extra
 from cifar_fastai.files import writing
 from cifar_fastai.hardware import n_processes, rank
 
-_MEETINGS = itertools.count()
-
 __all__ = ["from_first", "gathered", "meet", "one_first", "share_training", "spread"]
+
+_MEETINGS = itertools.count()
 
 
 @contextmanager
