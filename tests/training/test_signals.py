@@ -7,7 +7,6 @@ import pytest
 from fastai.callback.core import Callback
 
 from cifar_fastai.data.loaders import cifar_dls
-from cifar_fastai.training import signals
 from cifar_fastai.training.learner import cifar_learner
 from cifar_fastai.training.signals import StopOnSignal, Stopped, catch_signals
 
@@ -40,13 +39,6 @@ def fit(images, model, signum):
 def test_the_step_is_finished_and_no_other_begun(tiny_images, tiny_model, signum):
     old = signal.getsignal(signum)
     assert fit(tiny_images, tiny_model, signum) == 2 and signal.getsignal(signum) is old
-
-
-@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="Windows has no alarm")
-def test_a_step_that_ended_leaves_no_alarm(tiny_images, tiny_model, monkeypatch):
-    monkeypatch.setattr(signals, "n_processes", lambda: 2)
-    assert fit(tiny_images, tiny_model, signal.SIGTERM) == 2
-    assert signal.alarm(0) == 0, "seconds, after which this process would end"
 
 
 def test_outside_of_training_it_stops_at_once():
