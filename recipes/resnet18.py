@@ -8,8 +8,8 @@ CIFAR-10 (JPEG copy) only: 91.24%, with flip TTA 91.73% (one seed), at 5 minutes
 
 The optimizer was selected by 3 epochs of 15,000 train images and 5,000 others for validation, one seed each
 (recipes/results/sweep.csv): SGD had 64.6 %, Muon 75.1, 77.2 and 74.8 % at lr 0.025, 0.05 and 0.1. The default, for a
-longer run, is a little below the best of these. At width 16, on 40,000 images in 6 epochs, 0.04 was better than 0.02
-and 0.06 (recipes/results/width16.csv).
+longer run, is a little below the best of these. At width 16, on 40,000 images in 6 epochs, 0.04 was 0.9 points better
+than 0.02, and 0.06 no better (recipes/results/width16.csv).
 """
 
 from cifar_fastai.commands import start, train

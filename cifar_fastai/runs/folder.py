@@ -9,10 +9,19 @@ from pathlib import Path
 
 from cifar_fastai.data.sources import SPLITS
 from cifar_fastai.errors import InputError, printable, reason
-from cifar_fastai.files import read_json
+from cifar_fastai.files import lock_folder, read_json, remove_leftovers
 from cifar_fastai.training.recorder import in_epochs
 
-__all__ = ["describe_run", "is_run", "latest_finished", "make_folder", "picture_path", "public_config", "read_config"]
+__all__ = [
+    "describe_run",
+    "hold_folder",
+    "is_run",
+    "latest_finished",
+    "make_folder",
+    "picture_path",
+    "public_config",
+    "read_config",
+]
 
 
 def make_folder(recipe, out=None, data=""):
@@ -37,6 +46,18 @@ def make_folder(recipe, out=None, data=""):
         raise InputError(f"cannot be created ({reason(error)})", out=out) from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError("cannot be written to; choose another folder", out=out)
+    return folder
+
+
+def hold_folder(folder, stack, argument):
+    """Lock `folder` until `stack`, an ExitStack, is closed, and remove what a killed process has left in it; `folder`.
+
+    Raises InputError where another process holds it; the message calls it by the name `argument`.
+    """
+    if not stack.enter_context(lock_folder(folder)):
+        hint = "" if argument == "resume" else "; choose another folder"
+        raise InputError(f"another process is training there{hint}", **{argument: str(folder)})
+    remove_leftovers(folder)
     return folder
 
 

@@ -13,9 +13,8 @@ from fastai.learner import format_time
 
 from cifar_fastai.data.images import CIFAR100_COARSE, DIGITS, FASTAI_SOURCE, NAMED
 from cifar_fastai.errors import InputError, printable, renamed
-from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.plots.style import save_figure
-from cifar_fastai.runs.folder import describe_run, is_run, make_folder, read_config
+from cifar_fastai.runs.folder import describe_run, hold_folder, is_run, make_folder, read_config
 from cifar_fastai.runs.results import check_layers, write_results
 from cifar_fastai.runs.run import Run, check_images, restore_history
 from cifar_fastai.settings import OPTIONS, Settings
@@ -58,9 +57,7 @@ class KeepRun(Checkpoint):
         if is_new:
             with renamed(out="folder"):
                 make_folder("notebook", str(folder), learn.dls.images.source)
-        if not self.stack.enter_context(lock_folder(folder)):
-            raise InputError("another process is training there; choose another folder", folder=str(folder))
-        remove_leftovers(folder)
+        hold_folder(folder, self.stack, "folder")
         self.stack.callback(setattr, history, "path", history.path)
         history.path = folder / "history.csv"
         fit, lrs = self._describe()

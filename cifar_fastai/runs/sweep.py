@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -123,9 +123,7 @@ def _train_trial(label, seed, overrides, recipe, out, runs, device):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot be created ({reason(error)})", runs=str(runs)) from None
-    with ExitStack() as stack:
-        # first that of sweeps: between the test of the run's own lock and the start of the run another could come
-        is_free = stack.enter_context(lock_folder(folder, ".sweep.lock"))
+    with lock_folder(folder, ".sweep.lock") as is_free:  # of sweeps; the run itself locks its folder after a while
         if is_free:
             with lock_folder(folder) as is_free:
                 pass

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 
 from cifar_fastai.data.images import DIGITS, load_images
 from cifar_fastai.errors import InputError, RunError, check_extra, escaped, printable, reason, renamed
-from cifar_fastai.files import lock_folder, remove_leftovers
 from cifar_fastai.hardware import autocast, choose_device, choose_precision, keep_freed_memory, n_processes, rank
 from cifar_fastai.plots.style import save_figure
 from cifar_fastai.recipes import resolve_recipe
-from cifar_fastai.runs.folder import make_folder, picture_path
+from cifar_fastai.runs.folder import hold_folder, make_folder, picture_path
 from cifar_fastai.runs.results import check_layers, write_results
 from cifar_fastai.runs.run import MACHINE, build_run, load_same_images
 from cifar_fastai.settings import PLACES, Settings, check_values
@@ -85,16 +84,8 @@ def _start_run(recipe, overrides, stack):
     """A new run: everything is checked before its folder is made."""
     settings, overrides = resolve_recipe(recipe, overrides)
     run = _prepare_run(recipe, settings, overrides, choose_device(settings.device))
-    run.folder = from_first(lambda: _lock(make_folder(recipe, settings.out, run.images.source), stack, "out"))
+    run.folder = from_first(lambda: hold_folder(make_folder(recipe, settings.out, run.images.source), stack, "out"))
     return run
-
-
-def _lock(folder, stack, argument):
-    if not stack.enter_context(lock_folder(folder)):
-        hint = "; choose another folder" if argument == "out" else ""
-        raise InputError(f"another process is training there{hint}", **{argument: str(folder)})
-    remove_leftovers(folder)
-    return folder
 
 
 def _unfinished_run(resume, recipe):
@@ -109,7 +100,7 @@ def _unfinished_run(resume, recipe):
 def _resume_run(recipe, overrides, folder, stack):
     """A run that goes on from its checkpoint, with the settings it was started with."""
     path = folder / "checkpoint.pth"
-    checkpoint = from_first(lambda: load_checkpoint(_lock(folder, stack, "resume") / path.name))
+    checkpoint = from_first(lambda: load_checkpoint(hold_folder(folder, stack, "resume") / path.name))
     config, original = checkpoint["config"], checkpoint["given"]  # the overrides of the start
     if checkpoint["recipe"] != recipe:
         name = f"the recipe {printable(checkpoint['recipe'])}" if checkpoint["recipe"] else "a notebook"
